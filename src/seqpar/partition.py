@@ -1,0 +1,300 @@
+"""Who owns which heads, rows, tokens: functions from ints to tuples, with no group and no tensor.
+
+One flat map serves every layout. Ranks of a `tp` x `sp` mesh are numbered `tp_rank * sp + sp_rank` (sequence axis
+fastest), every dimension is split evenly over that flat order, and the shard of a `tp` rank is the union of the blocks
+of its `sp` ranks. So all factorisations of the same ranks give each rank the same heads and the same rows, also where
+the counts do not divide: the alternative, splitting over `tp` and then again over `sp`, gives rank 2 of 28 heads on
+4 x 2 ranks other heads than on 8 x 1, and a KV cache that no other layout can read.
+
+Source: the SP-fastest order is the transpose of Shift Parallelism's device grid (arXiv:2509.16495, Fig. 6).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, NamedTuple
+
+__all__ = [
+    "HeadMap",
+    "Layout",
+    "Piece",
+    "Range",
+    "Segment",
+    "block_ranges",
+    "even_ranges",
+    "even_split",
+    "shard_range",
+    "union",
+]
+
+
+class Range(NamedTuple):
+    """The half-open range [start, stop)."""
+
+    start: int
+    stop: int
+
+    @property
+    def size(self) -> int:
+        return self.stop - self.start
+
+    def scale(self, factor: int) -> Range:
+        """The range of elements when every index stands for `factor` of them (heads to rows)."""
+        return Range(self.start * factor, self.stop * factor)
+
+    def shift(self, offset: int) -> Range:
+        return Range(self.start + offset, self.stop + offset)
+
+
+class Layout(NamedTuple):
+    """How many ways a step is split: `tp` over heads and rows, `sp` over tokens."""
+
+    tp: int
+    sp: int
+
+    @property
+    def size(self) -> int:
+        return self.tp * self.sp
+
+    def reaches(self, other: Layout) -> bool:
+        """Whether `other` needs only views of the weights that this layout stores."""
+        return other.size == self.size and other.tp % self.tp == 0
+
+    def check(self) -> Layout:
+        """Return self, or raise ValueError when an axis is smaller than one."""
+        if self.tp < 1 or self.sp < 1:
+            raise ValueError(f"`tp` and `sp` must be at least 1, got tp={self.tp}, sp={self.sp}")
+        return self
+
+
+class Piece(NamedTuple):
+    """`local` of a stored parameter is `full` of the unsharded tensor, both along `dim`."""
+
+    dim: int
+    local: Range
+    full: Range
+
+
+class Segment(NamedTuple):
+    """A run of heads in a fused QKV projection; a "kv" head holds its key rows, then its value rows."""
+
+    kind: Literal["q", "kv"]
+    heads: Range
+
+
+def even_split(total: int, parts: int) -> tuple[int, ...]:
+    """Sizes of `total` things over `parts`, the first `total % parts` one larger; some may be zero.
+
+    Raises:
+        ValueError: `parts` is smaller than 1, or `total` is negative.
+    """
+    if parts < 1 or total < 0:
+        raise ValueError(f"a split must be of a count >= 0 over parts >= 1, got {total} over {parts}")
+    base, extra = divmod(total, parts)
+    return tuple(base + (part < extra) for part in range(parts))
+
+
+def even_ranges(total: int, parts: int) -> tuple[Range, ...]:
+    """The consecutive ranges whose sizes are `even_split(total, parts)`; token slices are these."""
+    base, extra = divmod(total, parts)
+    starts = [part * base + min(part, extra) for part in range(parts + 1)]
+    return tuple(Range(a, b) for a, b in zip(starts, starts[1:], strict=False))
+
+
+def block_ranges(total: int, layout: Layout, tp_rank: int) -> tuple[Range, ...]:
+    """The flat blocks of a dimension that tensor-parallel rank `tp_rank` stores, one per sequence rank."""
+    return even_ranges(total, layout.size)[tp_rank * layout.sp : (tp_rank + 1) * layout.sp]
+
+
+def shard_range(total: int, layout: Layout, tp_rank: int) -> Range:
+    """The rows of a dimension that tensor-parallel rank `tp_rank` stores: the union of its blocks."""
+    return union(block_ranges(total, layout, tp_rank))
+
+
+def union(ranges: Sequence[Range]) -> Range:
+    """The smallest range that covers `ranges`, which lie in order and leave no gap."""
+    return Range(ranges[0].start, ranges[-1].stop)
+
+
+@dataclass(frozen=True)
+class HeadMap:
+    """Which query and KV heads every (tp, sp) rank owns.
+
+    Query heads are split evenly over the flat order, so a count that does not divide gives the first ranks one more.
+    A rank owns the KV heads that its query heads read: KV heads are replicated where they are fewer than ranks or
+    where a boundary falls inside a group of query heads.
+
+    Raises:
+        ValueError: `num_heads` is no multiple of `num_kv_heads`, or there are fewer query heads than ranks.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    tp: int = 1
+    sp: int = 1
+
+    def __post_init__(self) -> None:
+        self.layout.check()
+        if self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"`num_heads` must be a multiple of `num_kv_heads`, got {self.num_heads} and {self.num_kv_heads}"
+            )
+        if self.num_heads < self.size:
+            raise ValueError(
+                f"`num_heads` must be at least the number of ranks ({self.size}), got {self.num_heads}; "
+                "use a smaller tp or sp"
+            )
+
+    @property
+    def layout(self) -> Layout:
+        return Layout(self.tp, self.sp)
+
+    @property
+    def size(self) -> int:
+        return self.tp * self.sp
+
+    @property
+    def group_size(self) -> int:
+        """Query heads that share one KV head."""
+        return self.num_heads // self.num_kv_heads
+
+    def on(self, layout: Layout) -> HeadMap:
+        """The same heads under another factorisation of the same ranks."""
+        return HeadMap(self.num_heads, self.num_kv_heads, *layout)
+
+    @cached_property
+    def q_ranges(self) -> tuple[Range, ...]:
+        """Query heads of each flat rank; together they tile all heads once."""
+        return even_ranges(self.num_heads, self.size)
+
+    @cached_property
+    def kv_ranges(self) -> tuple[Range, ...]:
+        """KV heads of each flat rank; neighbours overlap where a KV head is replicated."""
+        return tuple(self._kv_of(heads) for heads in self.q_ranges)
+
+    @cached_property
+    def kv_owners(self) -> tuple[tuple[int, ...], ...]:
+        """The flat ranks that hold each KV head; the length of an entry is its replication count."""
+        return tuple(
+            tuple(rank for rank, heads in enumerate(self.kv_ranges) if heads.start <= head < heads.stop)
+            for head in range(self.num_kv_heads)
+        )
+
+    @cached_property
+    def blocked(self) -> bool:
+        """Whether no KV head is replicated, so that each flat rank's q, k and v rows can lie together."""
+        return all(len(owners) == 1 for owners in self.kv_owners)
+
+    def kv_head_of(self, rank: int) -> tuple[int, ...]:
+        """The local KV head that each local query head of flat rank `rank` reads."""
+        first = self.kv_ranges[rank].start
+        return tuple(head // self.group_size - first for head in range(*self.q_ranges[rank]))
+
+    def q_shard(self, tp_rank: int) -> Range:
+        """Query heads in the weights of a tensor-parallel rank."""
+        return union(self._of_tp(self.q_ranges, tp_rank))
+
+    def kv_shard(self, tp_rank: int) -> Range:
+        """KV heads in the weights of a tensor-parallel rank."""
+        return union(self._of_tp(self.kv_ranges, tp_rank))
+
+    def storage(self, tp_rank: int) -> tuple[Segment, ...]:
+        """The order of heads in the fused QKV projection of a tensor-parallel rank.
+
+        Without replicated KV heads the rows of each flat rank lie together (q, then k0 v0 k1 v1 ...), so the weights
+        of any layout with a larger tp are one view and the projection comes out grouped by destination. With
+        replicated ones all query rows come first, then all of k0 v0 k1 v1 ..., and such a layout needs two views.
+        """
+        if self.blocked:
+            pairs = zip(self._of_tp(self.q_ranges, tp_rank), self._of_tp(self.kv_ranges, tp_rank), strict=True)
+            return tuple(seg for q, kv in pairs for seg in (Segment("q", q), Segment("kv", kv)))
+        return Segment("q", self.q_shard(tp_rank)), Segment("kv", self.kv_shard(tp_rank))
+
+    def offsets(self, tp_rank: int) -> tuple[tuple[Segment, int], ...]:
+        """Each segment of `storage` with the head-sized row block at which it begins (a KV head takes two)."""
+        at, placed = 0, []
+        for segment in self.storage(tp_rank):
+            placed.append((segment, at))
+            at += segment.heads.size * (2 if segment.kind == "kv" else 1)
+        return tuple(placed)
+
+    def width(self, tp_rank: int) -> int:
+        """Head-sized row blocks in the fused QKV projection of a tensor-parallel rank."""
+        return self.q_shard(tp_rank).size + 2 * self.kv_shard(tp_rank).size
+
+    def columns(self, tp_rank: int) -> tuple[tuple[Range, ...], ...]:
+        """What each sequence rank receives of the fused QKV output, in head-sized columns.
+
+        Entry `s` lists the column ranges that sequence rank `s` owns: its query heads, then its k, v pairs.
+        Ranges overlap between entries where a KV head is replicated: that is the replication in the send buffer.
+        """
+        return tuple(
+            _merged(self._find(tp_rank, Segment("q", q)), self._find(tp_rank, Segment("kv", kv)))
+            for q, kv in zip(self._of_tp(self.q_ranges, tp_rank), self._of_tp(self.kv_ranges, tp_rank), strict=True)
+        )
+
+    def qkv_widths(self, tp_rank: int) -> tuple[int, ...]:
+        """Head-sized columns that each sequence rank receives (q + k + v), the send sizes for one token."""
+        return tuple(sum(r.size for r in ranges) for ranges in self.columns(tp_rank))
+
+    def out_widths(self, tp_rank: int) -> tuple[int, ...]:
+        """Query heads that each sequence rank returns after attention, the receive sizes for one token."""
+        return tuple(heads.size for heads in self._of_tp(self.q_ranges, tp_rank))
+
+    def views(self, tp_rank: int, layout: Layout, layout_tp_rank: int) -> tuple[Range, ...]:
+        """Row blocks of `storage(tp_rank)` that are the fused QKV weights of `layout_tp_rank` under `layout`.
+
+        Raises:
+            ValueError: the weights of this layout do not contain those of `layout`.
+        """
+        other = self.on(layout)
+        within = Range(tp_rank * self.sp, (tp_rank + 1) * self.sp)
+        wanted = Range(layout_tp_rank * layout.sp, (layout_tp_rank + 1) * layout.sp)
+        if not self.layout.reaches(layout) or wanted.start < within.start or wanted.stop > within.stop:
+            raise ValueError(
+                f"`layout` must have the same ranks as {self.layout} and a multiple of its tp, got {layout} "
+                f"for tp rank {layout_tp_rank} out of tp rank {tp_rank}"
+            )
+        ranges = [found for segment in other.storage(layout_tp_rank) for found in self._find(tp_rank, segment)]
+        return _merged(ranges)
+
+    def pieces(self, tp_rank: int, which: Literal["q", "k", "v"], head_dim: int, dim: int = 0) -> tuple[Piece, ...]:
+        """Where the rows of the unsharded q, k or v projection lie in the fused one of a tensor-parallel rank."""
+        found = []
+        for segment, at in self.offsets(tp_rank):
+            if segment.kind == which == "q":
+                found.append(Piece(dim, Range(at, at + segment.heads.size).scale(head_dim), segment.heads.scale(head_dim)))
+            elif segment.kind == "kv" and which != "q":
+                for i, head in enumerate(range(*segment.heads)):
+                    row = at + 2 * i + (which == "v")
+                    found.append(Piece(dim, Range(row, row + 1).scale(head_dim), Range(head, head + 1).scale(head_dim)))
+        return tuple(found)
+
+    def _kv_of(self, heads: Range) -> Range:
+        return Range(heads.start // self.group_size, (heads.stop - 1) // self.group_size + 1)
+
+    def _of_tp(self, per_rank: tuple[Range, ...], tp_rank: int) -> tuple[Range, ...]:
+        return per_rank[tp_rank * self.sp : (tp_rank + 1) * self.sp]
+
+    def _find(self, tp_rank: int, wanted: Segment) -> tuple[Range, ...]:
+        """Columns of the heads of `wanted`, in head order, out of the fused projection of `tp_rank`."""
+        factor = 2 if wanted.kind == "kv" else 1
+        found = []
+        for segment, at in self.offsets(tp_rank):
+            start, stop = max(segment.heads.start, wanted.heads.start), min(segment.heads.stop, wanted.heads.stop)
+            if segment.kind == wanted.kind and start < stop:
+                found.append(Range(start, stop).shift(-segment.heads.start).scale(factor).shift(at))
+        return tuple(found)
+
+
+def _merged(*runs: Sequence[Range]) -> tuple[Range, ...]:
+    """The ranges of all runs in order, neighbours that touch joined."""
+    joined: list[Range] = []
+    for item in (item for run in runs for item in run):
+        if joined and joined[-1].stop == item.start:
+            joined[-1] = Range(joined[-1].start, item.stop)
+        else:
+            joined.append(item)
+    return tuple(joined)

@@ -1,0 +1,142 @@
+"""The ownership rule as laws: every map is checked against brute force over all ranks."""
+
+from __future__ import annotations
+
+from math import lcm
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from seqpar.partition import HeadMap, Layout, Range, block_ranges, even_ranges, even_split, shard_range
+
+
+@st.composite
+def head_maps(draw: st.DrawFn) -> HeadMap:
+    tp, sp = draw(st.integers(1, 4)), draw(st.integers(1, 4))
+    kv, group = draw(st.integers(1, 8)), draw(st.integers(1, 8))
+    if kv * group < tp * sp:
+        group = -(-tp * sp // kv)
+    return HeadMap(kv * group, kv, tp, sp)
+
+
+def label_columns(heads: HeadMap, tp_rank: int) -> list[tuple[str, int]]:
+    """What each head-sized column of the fused projection holds, read off `storage` by hand."""
+    labels: list[tuple[str, int]] = []
+    for segment in heads.storage(tp_rank):
+        for head in range(*segment.heads):
+            labels += [("q", head)] if segment.kind == "q" else [("k", head), ("v", head)]
+    return labels
+
+
+def wanted_columns(heads: HeadMap, rank: int) -> list[tuple[str, int]]:
+    """Query heads of a flat rank, then k, v of every KV head that one of them reads."""
+    queries = list(range(*heads.q_ranges[rank]))
+    kv = sorted({head // heads.group_size for head in queries})
+    return [("q", head) for head in queries] + [(which, head) for head in kv for which in "kv"]
+
+
+@given(st.integers(0, 1000), st.integers(1, 17))
+def test_even_split_tiles_once_and_is_balanced(total: int, parts: int) -> None:
+    ranges = even_ranges(total, parts)
+    assert [i for r in ranges for i in range(*r)] == list(range(total))
+    assert tuple(r.size for r in ranges) == even_split(total, parts)
+    assert max(even_split(total, parts)) - min(even_split(total, parts)) <= 1
+
+
+@given(st.integers(0, 300), st.integers(1, 6), st.integers(1, 6))
+def test_a_tp_shard_is_the_union_of_its_sequence_blocks(total: int, tp: int, sp: int) -> None:
+    flat = even_ranges(total, tp * sp)
+    for t in range(tp):
+        assert block_ranges(total, Layout(tp, sp), t) == flat[t * sp : (t + 1) * sp]
+        rows = [i for r in flat[t * sp : (t + 1) * sp] for i in range(*r)]
+        assert list(range(*shard_range(total, Layout(tp, sp), t))) == rows
+
+
+@given(head_maps())
+def test_query_heads_tile_once_and_read_owned_kv_heads(heads: HeadMap) -> None:
+    assert [h for r in heads.q_ranges for h in range(*r)] == list(range(heads.num_heads))
+    for rank, (q, kv) in enumerate(zip(heads.q_ranges, heads.kv_ranges, strict=True)):
+        reads = [head * heads.num_kv_heads // heads.num_heads for head in range(*q)]
+        assert [kv.start + local for local in heads.kv_head_of(rank)] == reads
+        assert sorted(set(reads)) == list(range(*kv))
+        assert all((rank in heads.kv_owners[head]) == (head in reads) for head in range(heads.num_kv_heads))
+
+
+@given(head_maps())
+def test_every_factorisation_gives_each_rank_the_same_heads(heads: HeadMap) -> None:
+    for tp in (d for d in range(1, heads.size + 1) if heads.size % d == 0):
+        other = heads.on(Layout(tp, heads.size // tp))
+        assert other.q_ranges == heads.q_ranges and other.kv_ranges == heads.kv_ranges
+        for rank in range(heads.size):
+            labels = label_columns(other, rank // other.sp)
+            columns = other.columns(rank // other.sp)[rank % other.sp]
+            assert [labels[i] for r in columns for i in range(*r)] == wanted_columns(heads, rank)
+
+
+@given(head_maps())
+def test_split_sizes_count_the_columns(heads: HeadMap) -> None:
+    for t in range(heads.tp):
+        assert heads.width(t) == len(label_columns(heads, t))
+        ranks = range(t * heads.sp, (t + 1) * heads.sp)
+        assert heads.qkv_widths(t) == tuple(len(wanted_columns(heads, rank)) for rank in ranks)
+        assert heads.out_widths(t) == tuple(heads.q_ranges[rank].size for rank in ranks)
+
+
+@given(head_maps(), st.data())
+def test_larger_tp_is_views_of_the_stored_rows(heads: HeadMap, data: st.DataObject) -> None:
+    factor = data.draw(st.sampled_from([d for d in range(1, heads.sp + 1) if heads.sp % d == 0]))
+    layout = Layout(heads.tp * factor, heads.sp // factor)
+    for other_rank in range(layout.tp):
+        t = other_rank // factor
+        views = heads.views(t, layout, other_rank)
+        labels = label_columns(heads, t)
+        assert [labels[i] for r in views for i in range(*r)] == label_columns(heads.on(layout), other_rank)
+        assert len(views) <= (1 if heads.blocked else 2)
+
+
+@given(head_maps(), st.integers(1, 5))
+def test_pieces_place_every_row_of_the_unsharded_projections(heads: HeadMap, head_dim: int) -> None:
+    for t in range(heads.tp):
+        rows = [(which, head * head_dim + d) for which, head in label_columns(heads, t) for d in range(head_dim)]
+        placed = {}
+        for which in ("q", "k", "v"):
+            for piece in heads.pieces(t, which, head_dim):
+                assert piece.local.size == piece.full.size and piece.dim == 0
+                placed.update({piece.local.start + i: (which, piece.full.start + i) for i in range(piece.local.size)})
+        assert [placed[i] for i in range(len(rows))] == rows and len(placed) == len(rows)
+
+
+def test_known_maps() -> None:
+    uneven = HeadMap(28, 4, 2, 4)
+    assert [r.size for r in uneven.q_ranges] == [4, 4, 4, 4, 3, 3, 3, 3]
+    assert uneven.kv_head_of(1) == (0, 0, 0, 1)
+    assert [r.size for r in HeadMap(5, 5, 2, 1).q_ranges] == [3, 2]
+    qwen = HeadMap(32, 4, 1, 8)  # each of the 4 KV heads goes to 2 of 8 destinations
+    assert [len(owners) for owners in qwen.kv_owners] == [2] * 4 and not qwen.blocked
+    assert HeadMap(8, 2, 1, 2).columns(0) == ((Range(0, 6),), (Range(6, 12),))
+
+
+@pytest.mark.parametrize("p", [2, 3, 4, 8])
+def test_divisible_heads_are_blocked_into_one_view(p: int) -> None:
+    heads = HeadMap(lcm(p, 4) * 2, lcm(p, 4), 1, p)
+    assert heads.blocked and all(len(heads.views(0, Layout(p, 1), t)) == 1 for t in range(p))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((6, 4, 1, 1), "`num_heads` must be a multiple of `num_kv_heads`, got 6 and 4"),
+        ((8, 0, 1, 1), "`num_heads` must be a multiple of `num_kv_heads`, got 8 and 0"),
+        ((2, 2, 2, 2), r"`num_heads` must be at least the number of ranks \(4\), got 2; use a smaller tp or sp"),
+        ((8, 2, 0, 2), "`tp` and `sp` must be at least 1, got tp=0, sp=2"),
+    ],
+)
+def test_maps_that_cannot_be_are_refused(arguments: tuple[int, int, int, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        HeadMap(*arguments)
+
+
+def test_unreachable_layout_is_refused() -> None:
+    with pytest.raises(ValueError, match="`layout` must have the same ranks"):
+        HeadMap(8, 2, 2, 2).views(0, Layout(1, 4), 0)
