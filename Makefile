@@ -1,0 +1,76 @@
+# Every target sets up what it needs: a .venv in this directory, shared by all of them.
+#
+#   make demo            the main job on 2 ranks; RANKS=4 make demo for 4
+#   make test            format, lint, types, layering, tests: what CI runs
+#   make bench           quick benchmarks; `make peers` first to compare with DeepSpeed and yunchang too
+
+RANKS ?= 2
+PYTHON ?= $(firstword $(foreach p,python3 python3.11 python3.12 python3.13 python3.14,$(shell \
+  $(p) -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $(p))))
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PEERS := $(VENV)-peers
+PEERS_STAMP := $(PEERS)/.installed
+
+# PyTorch's CPU index, offered to pip only where it answers: the machine may be offline or have its own wheels.
+CPU_INDEX := https://download.pytorch.org/whl/cpu
+HAS_INDEX := import urllib.request as u; u.urlopen("$(CPU_INDEX)/torch/", timeout=5)
+PIP = $(1)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-cpu.txt \
+  $$($(1)/bin/python -c '$(HAS_INDEX)' 2>/dev/null && echo --extra-index-url $(CPU_INDEX))
+
+# One compute thread a rank: ranks share the cores, and torchrun would otherwise set this with a warning.
+TORCHRUN := OMP_NUM_THREADS=1 $(BIN)/torchrun --nnodes=1 --rdzv-backend=c10d --rdzv-endpoint=127.0.0.1:0 \
+  --local-addr=127.0.0.1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint bench peers clean
+
+help:  ## what there is
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
+
+setup: $(STAMP)  ## create or update .venv
+
+$(STAMP): pyproject.toml constraints-cpu.txt
+	@test -n "$(PYTHON)" || { echo "seqpar needs Python >= 3.11 with venv and ensurepip (Debian: apt install python3-venv)"; exit 1; }
+	@echo "setup: $(VENV) with $$($(PYTHON) --version), PyTorch for CPU and the development tools (1-3 minutes, once)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(call PIP,$(VENV)) -e '.[dev]'
+	@touch $@
+
+demo: $(STAMP)  ## generate from the bundled checkpoint under every layout, checked against transformers; RANKS=2
+	@$(TORCHRUN) --nproc-per-node=$(RANKS) examples/demo.py
+
+lint: $(STAMP)  ## format, lint, types, layering
+	@echo "lint: ruff, mypy --strict, import-linter"
+	@$(BIN)/ruff format --check --quiet . || { $(BIN)/ruff format --check .; exit 1; }
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/mypy --strict src
+	@$(BIN)/lint-imports --no-logo > .lint-imports.log || { cat .lint-imports.log; rm -f .lint-imports.log; exit 1; }
+	@rm -f .lint-imports.log
+
+test: lint  ## what CI runs: lint, then the fast tests
+	@echo "test: pytest"
+	@$(BIN)/python -m pytest -q -m 'not slow and not gpu'
+
+bench: $(STAMP)  ## quick benchmarks on this machine (minutes); peers that are not installed are listed
+	@for name in benchmarks/layers.py; do \
+	  echo "bench: $$name"; \
+	  $$( [ -x $(PEERS)/bin/python ] && echo $(PEERS)/bin/python || echo $(BIN)/python ) $$name --quick || exit 1; done
+
+peers: $(PEERS_STAMP)  ## a second environment with the libraries that the benchmarks compare with
+
+# The peers pin versions of their own, so they get an environment on top of .venv instead of a place in it.
+$(PEERS_STAMP): $(STAMP)
+	@echo "peers: $(PEERS) with accelerate, DeepSpeed, yunchang"
+	@test -x $(PEERS)/bin/python || $(BIN)/python -m venv $(PEERS)
+	@$(PEERS)/bin/python -c 'import pathlib, sysconfig; \
+	  below = sysconfig.get_path("purelib").replace("$(PEERS)", "$(VENV)"); \
+	  pathlib.Path(sysconfig.get_path("purelib"), "below.pth").write_text(f"import site; site.addsitedir({below!r})\n")'
+	@DS_BUILD_OPS=0 $(call PIP,$(PEERS)) --no-build-isolation '.[peers]'
+	@touch $@
+
+clean:  ## remove caches; the environments stay
+	@rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis build dist
+	@find . -path './.venv*' -prune -o -name __pycache__ -print | xargs rm -rf

@@ -1,0 +1,45 @@
+"""Composable PyTorch layers for parallel transformer inference.
+
+`import seqpar` loads nothing else: a submodule is imported when it is first used, so `seqpar.partition` costs no
+PyTorch and only `seqpar.hf` costs transformers.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from seqpar import comm, hf, kernels, kv, layers, partition, ragged
+    from seqpar.comm import init_mesh
+
+    __version__: str
+
+__all__ = [
+    "__version__",
+    "comm",
+    "hf",
+    "init_mesh",
+    "kernels",
+    "kv",
+    "layers",
+    "partition",
+    "ragged",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        value: Any = version("seqpar")
+    elif name == "init_mesh":
+        value = importlib.import_module("seqpar.comm").init_mesh
+    elif name in __all__:
+        value = importlib.import_module(f"seqpar.{name}")
+    else:
+        raise AttributeError(f"module 'seqpar' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,113 @@
+"""The package as a whole: what it exports, what importing it costs, what is committed."""
+
+import json
+import re
+import statistics
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import seqpar
+
+ROOT = Path(__file__).parent.parent
+
+PUBLIC = ["__version__", "comm", "hf", "init_mesh", "kernels", "kv", "layers", "partition", "ragged"]
+
+
+def python(code: str) -> str:
+    """What a fresh interpreter prints."""
+    return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=ROOT).stdout
+
+
+def test_public_names() -> None:
+    assert seqpar.__all__ == PUBLIC
+    assert dir(seqpar) == PUBLIC
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_every_public_name_resolves(name: str) -> None:
+    assert getattr(seqpar, name) is not None
+
+
+@pytest.mark.parametrize("name", ["comm", "kernels", "kv", "layers", "partition", "ragged", "hf"])
+def test_every_package_lists_what_it_exports(name: str) -> None:
+    module = getattr(seqpar, name)
+    assert sorted(set(module.__all__)) == sorted(module.__all__)
+    assert all(hasattr(module, public) for public in module.__all__)
+
+
+def test_unknown_attribute() -> None:
+    with pytest.raises(AttributeError, match="module 'seqpar' has no attribute 'nothing'"):
+        seqpar.nothing  # noqa: B018
+
+
+def test_version_is_that_of_the_project_file() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert seqpar.__version__ == project["version"]
+    assert f"version: {project['version']}\n" in (ROOT / "CITATION.cff").read_text()
+
+
+def test_import_loads_neither_torch_nor_transformers() -> None:
+    loaded = json.loads(python("import sys, json, seqpar; print(json.dumps(sorted(sys.modules)))"))
+    assert not {"torch", "transformers", "triton", "jaxtyping"} & set(loaded)
+
+
+def test_core_needs_no_transformers() -> None:
+    use = "; ".join(f"seqpar.{name}" for name in ("comm", "kernels", "kv", "layers", "init_mesh"))
+    loaded = json.loads(python(f"import sys, json, seqpar; {use}; print(json.dumps(sorted(sys.modules)))"))
+    assert "torch" in loaded and not {"transformers", "tqdm", "matplotlib"} & set(loaded)
+
+
+def test_import_time() -> None:
+    """`import seqpar` after `import torch` costs at most a tenth of `import torch`.
+
+    Both are timed in the same process, so a busy machine slows both; the median of the ratios rejects the odd stall.
+    """
+    code = (
+        "import time; a = time.perf_counter(); import torch; b = time.perf_counter(); import seqpar; "
+        "c = time.perf_counter(); print((c - b) / (b - a))"
+    )
+    ratios = [float(python(code)) for _ in range(5)]
+    assert statistics.median(ratios) <= 0.10, ratios
+
+
+def committed_text() -> list[Path]:
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    suffixes = {".py", ".md", ".toml", ".txt", ".cff", ".yml", ".json", ""}
+    paths = [ROOT / name for name in listed.stdout.split("\0") if name]
+    return [path for path in paths if path.suffix in suffixes and path.is_file() and path.stat().st_size < 1 << 20]
+
+
+FORBIDDEN = {
+    "a path of somebody's machine": r"(?<![\w./])/(?:home|root|work|Users)/\w",
+    "a to-do without a link or a version": r"\b(?:TODO|FIXME|XXX)\b(?!.*(?:https?://|v?\d+\.\d+))",
+}
+
+
+@pytest.mark.parametrize("what", FORBIDDEN)
+def test_nothing_committed_has(what: str) -> None:
+    pattern = re.compile(FORBIDDEN[what])
+    found = [
+        f"{path.relative_to(ROOT)}:{number}: {line.strip()[:100]}"
+        for path in committed_text()
+        if path != Path(__file__)
+        for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1)
+        if pattern.search(line)
+    ]
+    assert not found, f"{what}:\n" + "\n".join(found)
+
+
+def test_core_reads_no_environment() -> None:
+    found = [
+        str(path.relative_to(ROOT))
+        for path in (ROOT / "src/seqpar").rglob("*.py")
+        if path.relative_to(ROOT / "src/seqpar").parts[0] not in {"hf", "__main__.py"}
+        and re.search(r"\bos\.(?:environ|getenv)\b", path.read_text())
+    ]
+    # init_mesh starts the process group from what torchrun hands over.
+    assert set(found) <= {"src/seqpar/comm/mesh.py"}
