@@ -265,7 +265,9 @@ class HeadMap:
         found = []
         for segment, at in self.offsets(tp_rank):
             if segment.kind == which == "q":
-                found.append(Piece(dim, Range(at, at + segment.heads.size).scale(head_dim), segment.heads.scale(head_dim)))
+                found.append(
+                    Piece(dim, Range(at, at + segment.heads.size).scale(head_dim), segment.heads.scale(head_dim))
+                )
             elif segment.kind == "kv" and which != "q":
                 for i, head in enumerate(range(*segment.heads)):
                     row = at + 2 * i + (which == "v")

@@ -1,0 +1,49 @@
+"""Parallel transformer layers: ordinary modules that hold slices and take a group.
+
+Each layer that communicates is written once, as a generator of steps (`seqpar.comm.Steps`): `forward` runs it serially,
+schedules drive several at once.
+"""
+
+from seqpar.layers.base import (
+    ShardedModule,
+    Source,
+    gather_state_dict,
+    iter_sources,
+    name_modules,
+    sync_gradients,
+)
+from seqpar.layers.decoder import ParallelAttention, ParallelDecoderLayer
+from seqpar.layers.embedding import ParallelLMHead, VocabParallelEmbedding, gather_rows, gather_rows_steps
+from seqpar.layers.linear import (
+    ColumnParallelLinear,
+    GateUpParallelLinear,
+    QKVParallelLinear,
+    RowParallelLinear,
+    Shard,
+)
+from seqpar.layers.mlp import ParallelMLP
+from seqpar.layers.norm import RMSNorm
+from seqpar.layers.ulysses import UlyssesAttention
+
+__all__ = [
+    "ColumnParallelLinear",
+    "GateUpParallelLinear",
+    "ParallelAttention",
+    "ParallelDecoderLayer",
+    "ParallelLMHead",
+    "ParallelMLP",
+    "QKVParallelLinear",
+    "RMSNorm",
+    "RowParallelLinear",
+    "Shard",
+    "ShardedModule",
+    "Source",
+    "UlyssesAttention",
+    "VocabParallelEmbedding",
+    "gather_rows",
+    "gather_rows_steps",
+    "gather_state_dict",
+    "iter_sources",
+    "name_modules",
+    "sync_gradients",
+]

@@ -1,0 +1,278 @@
+"""Attention block and decoder layer of the Llama family, as programs of steps over the parts.
+
+Tokens are flat and sharded over `sp`; heads and MLP rows are sharded over `tp`. A group of one rank takes the same path,
+so that pure tensor parallelism, pure Ulysses and their product are one piece of code.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, NamedTuple, Self
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from seqpar import comm
+from seqpar.comm import Groups, Steps
+from seqpar.kv import PagedKV
+from seqpar.layers.base import drop_child_names
+from seqpar.layers.linear import QKVParallelLinear, RowParallelLinear
+from seqpar.layers.mlp import ParallelMLP, given
+from seqpar.layers.norm import RMSNorm
+from seqpar.layers.ulysses import UlyssesAttention
+from seqpar.partition import HeadMap, Layout, even_split
+from seqpar.ragged import RaggedBatch
+
+__all__ = ["ParallelAttention", "ParallelDecoderLayer"]
+
+
+class ParallelAttention(nn.Module):
+    """Fused QKV projection, Ulysses attention and output projection.
+
+    Args:
+        qkv_proj: sharded over `tp` by heads.
+        core: attention over the sequence ranks.
+        o_proj: sharded over `tp` by the same heads.
+    """
+
+    unnamed: ClassVar[tuple[str, ...]] = ("qkv_proj", "core")
+
+    def __init__(self, qkv_proj: nn.Module, core: UlyssesAttention, o_proj: nn.Module) -> None:
+        super().__init__()
+        self.qkv_proj, self.core, self.o_proj = qkv_proj, core, o_proj
+        drop_child_names(self, self.unnamed)
+
+    @classmethod
+    def from_module(
+        cls,
+        attention: nn.Module,
+        *,
+        groups: Groups,
+        heads: HeadMap,
+        layer_index: int = 0,
+        window: int | None = None,
+        softmax_scale: float | None = None,
+        sequence_sharded: bool = False,
+    ) -> Self:
+        """Slice an attention module with q_proj, k_proj, v_proj, o_proj and, where it has them, q_norm and k_norm."""
+        q_proj, k_proj, v_proj, o_proj = (_linear(attention, f"{name}_proj") for name in "qkvo")
+        if heads.layout != groups.layout:
+            raise ValueError(f"`heads` must be split as the groups are ({groups.layout}), got {heads.layout}")
+        qkv_proj = QKVParallelLinear.from_linears(
+            q_proj, k_proj, v_proj, heads=heads, group=groups.tp, sequence_sharded=sequence_sharded
+        )
+        norms: dict[str, nn.Module | None] = {
+            name: RMSNorm.from_module(norm, over_tp=True) if isinstance(norm, nn.Module) else None
+            for name, norm in (
+                ("q_norm", getattr(attention, "q_norm", None)),
+                ("k_norm", getattr(attention, "k_norm", None)),
+            )
+        }
+        core = UlyssesAttention(
+            heads,
+            qkv_proj.head_dim,
+            group=groups.sp,
+            tp_rank=groups.tp.rank(),
+            window=window,
+            softmax_scale=softmax_scale,
+            layer_index=layer_index,
+            **norms,
+        )
+        o_linear = RowParallelLinear.from_linear(
+            o_proj, group=groups.tp, sp=heads.sp, sequence_sharded=sequence_sharded, unit=qkv_proj.head_dim
+        )
+        return cls(qkv_proj, core, o_linear)
+
+    def add_layout(self, layout: Layout, *, groups: Groups) -> None:
+        """Make `steps(x, layout=layout)` available; see `ColumnParallelLinear.add_layout`."""
+        assert isinstance(self.qkv_proj, QKVParallelLinear) and isinstance(self.o_proj, RowParallelLinear)
+        self.qkv_proj.add_layout(layout, group=groups.tp)
+        self.core.add_layout(layout, group=groups.sp)
+        self.o_proj.add_layout(layout, group=groups.tp)
+
+    def steps(
+        self,
+        x: Float[Tensor, "t_local m"],
+        batch: RaggedBatch,
+        cos: Float[Tensor, "t d"] | None = None,
+        sin: Float[Tensor, "t d"] | None = None,
+        kv: PagedKV | None = None,
+        *,
+        layout: Layout | None = None,
+        num_tokens: int | None = None,
+    ) -> Steps[Float[Tensor, "t_local m"]]:
+        """See `forward`; yields where its parts do."""
+        options = given(layout=layout)
+        tokens = given(num_tokens=num_tokens)
+        qkv = yield from comm.call(self.qkv_proj, x, **options, **tokens)
+        out = yield from comm.call(self.core, qkv, batch, cos, sin, kv, **options)
+        return (yield from comm.call(self.o_proj, out, **options, **tokens))
+
+    def forward(
+        self,
+        x: Float[Tensor, "t_local m"],
+        batch: RaggedBatch,
+        cos: Float[Tensor, "t d"] | None = None,
+        sin: Float[Tensor, "t d"] | None = None,
+        kv: PagedKV | None = None,
+        *,
+        layout: Layout | None = None,
+        num_tokens: int | None = None,
+    ) -> Float[Tensor, "t_local m"]:
+        """Attend over the batch; arguments as `UlyssesAttention.forward` and the linears take them.
+
+        In, Out: x[T/sp, M], replicated over `tp`; [T/sp/tp, M] when sequence-sharded.
+        Comm:  two all-to-alls over `sp` and one all-reduce over `tp`.
+        """
+        return comm.run(self.steps(x, batch, cos, sin, kv, layout=layout, num_tokens=num_tokens))
+
+
+class ParallelDecoderLayer(nn.Module):
+    """Pre-norm decoder layer: x + attention(norm(x)), then x + mlp(norm(x)).
+
+    Args:
+        self_attn: usually a `ParallelAttention`.
+        mlp: usually a `ParallelMLP`.
+        input_layernorm, post_attention_layernorm: norms over the model dim.
+        groups: the ranks it runs over.
+        sequence_sharded: activations between the linears are split over `tp` as well as `sp` (arXiv:2205.05198).
+    """
+
+    def __init__(
+        self,
+        self_attn: nn.Module,
+        mlp: nn.Module,
+        input_layernorm: nn.Module,
+        post_attention_layernorm: nn.Module,
+        *,
+        groups: Groups,
+        sequence_sharded: bool = False,
+    ) -> None:
+        super().__init__()
+        self.self_attn, self.mlp = self_attn, mlp
+        self.input_layernorm, self.post_attention_layernorm = input_layernorm, post_attention_layernorm
+        self.sequence_sharded = sequence_sharded
+        self.ranks: dict[Layout | None, _Place] = {None: _Place.of(groups), groups.layout: _Place.of(groups)}
+
+    @classmethod
+    def from_module(
+        cls,
+        layer: nn.Module,
+        *,
+        groups: Groups,
+        heads: HeadMap,
+        layer_index: int = 0,
+        window: int | None = None,
+        softmax_scale: float | None = None,
+        sequence_sharded: bool = False,
+    ) -> Self:
+        """Slice a decoder layer whose children have the names of Transformers' Llama."""
+        attention = ParallelAttention.from_module(
+            _child(layer, "self_attn"),
+            groups=groups,
+            heads=heads,
+            layer_index=layer_index,
+            window=window,
+            softmax_scale=softmax_scale,
+            sequence_sharded=sequence_sharded,
+        )
+        mlp = ParallelMLP.from_module(
+            _child(layer, "mlp"), group=groups.tp, sp=heads.sp, sequence_sharded=sequence_sharded
+        )
+        norms = [
+            RMSNorm.from_module(_child(layer, name), over_tp=sequence_sharded)
+            for name in ("input_layernorm", "post_attention_layernorm")
+        ]
+        return cls(attention, mlp, norms[0], norms[1], groups=groups, sequence_sharded=sequence_sharded)
+
+    def add_layout(self, layout: Layout, *, groups: Groups) -> None:
+        """Make `steps(x, layout=layout)` available over `groups`, on views of the stored weights."""
+        assert isinstance(self.self_attn, ParallelAttention) and isinstance(self.mlp, ParallelMLP)
+        self.self_attn.add_layout(layout, groups=groups)
+        self.mlp.add_layout(layout, group=groups.tp)
+        self.ranks[layout] = _Place.of(groups)
+
+    def steps(
+        self,
+        x: Float[Tensor, "t_local m"],
+        batch: RaggedBatch,
+        cos: Float[Tensor, "t d"] | None = None,
+        sin: Float[Tensor, "t d"] | None = None,
+        kv: PagedKV | None = None,
+        *,
+        layout: Layout | None = None,
+    ) -> Steps[Float[Tensor, "t_local m"]]:
+        """See `forward`; yields where its parts do."""
+        tokens = self._check(x, batch, layout)
+        options: dict[str, Any] = given(layout=layout, num_tokens=tokens if self.sequence_sharded else None)
+        normed = yield from comm.call(self.input_layernorm, x)
+        x = x + (yield from comm.call(self.self_attn, normed, batch, cos, sin, kv, **options))
+        normed = yield from comm.call(self.post_attention_layernorm, x)
+        return x + (yield from comm.call(self.mlp, normed, **options))
+
+    def forward(
+        self,
+        x: Float[Tensor, "t_local m"],
+        batch: RaggedBatch,
+        cos: Float[Tensor, "t d"] | None = None,
+        sin: Float[Tensor, "t d"] | None = None,
+        kv: PagedKV | None = None,
+        *,
+        layout: Layout | None = None,
+    ) -> Float[Tensor, "t_local m"]:
+        """Run the layer over one ragged batch.
+
+        In, Out: x[T/sp, M] by `even_split`, replicated over `tp`; [T/sp/tp, M] when sequence-sharded.
+        Grad:  placed as `x`.
+        Comm:  per layer two all-to-alls over `sp` and two all-reduces over `tp` (or two all-gathers and two
+            reduce-scatters); nothing over a group of one.
+
+        Args:
+            x: this rank's tokens.
+            batch: the step's tokens, the same on every rank.
+            cos, sin: rotary tables of all T tokens.
+            kv: the cache of this rank's heads, or None to attend among the new tokens alone.
+            layout: one that `add_layout` recorded; the stored one by default.
+
+        Raises:
+            ValueError: a number of tokens that is not this rank's share of the batch.
+        """
+        return comm.run(self.steps(x, batch, cos, sin, kv, layout=layout))
+
+    def _check(self, x: Tensor, batch: RaggedBatch, layout: Layout | None) -> int:
+        """The tokens of this sequence rank, after checking that `x` holds them (or this rank's share of them)."""
+        if layout not in self.ranks:
+            raise ValueError(f"`layout` must be one that was added, got {layout}; see add_layout")
+        place = self.ranks[layout]
+        tokens = even_split(batch.num_tokens, place.layout.sp)[place.sp_rank]
+        expected = even_split(tokens, place.layout.tp)[place.tp_rank] if self.sequence_sharded else tokens
+        if x.ndim != 2 or x.shape[0] != expected:
+            raise ValueError(
+                f"`x` must hold this rank's {expected} of {batch.num_tokens} tokens, got shape {list(x.shape)}"
+            )
+        return tokens
+
+
+class _Place(NamedTuple):
+    """Where this rank sits in a layout."""
+
+    layout: Layout
+    tp_rank: int
+    sp_rank: int
+
+    @classmethod
+    def of(cls, groups: Groups) -> _Place:
+        return cls(groups.layout, groups.tp.rank(), groups.sp.rank())
+
+
+def _child(module: nn.Module, name: str) -> nn.Module:
+    child = getattr(module, name, None)
+    if not isinstance(child, nn.Module):
+        raise TypeError(f"`{type(module).__name__}` must have a child `{name}`, got {type(child).__name__}")
+    return child
+
+
+def _linear(module: nn.Module, name: str) -> nn.Linear:
+    child = _child(module, name)
+    if type(child) is not nn.Linear:
+        raise TypeError(f"`{name}` must be an nn.Linear, got {type(child).__name__}; unwrap it before slicing")
+    return child

@@ -1,0 +1,116 @@
+"""The gated MLP of the Llama family, sharded over a tensor-parallel group."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Self
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from seqpar import comm
+from seqpar.comm import ProcessGroup, Steps
+from seqpar.kernels import swiglu
+from seqpar.layers.base import drop_child_names
+from seqpar.layers.linear import GateUpParallelLinear, RowParallelLinear
+from seqpar.partition import Layout
+
+__all__ = ["ParallelMLP"]
+
+
+class ParallelMLP(nn.Module):
+    """down(silu(gate(x)) * up(x)), with the hidden dim split over the group.
+
+    Args:
+        hidden_size: M.
+        intermediate_size: F; it need not divide.
+        group: the tensor-parallel ranks.
+        sp: flat blocks in this shard (`seqpar.layers.linear`).
+        bias: whether the three projections have one.
+        sequence_sharded: x holds T/p tokens of each rank; an all-gather before and a reduce-scatter after replace the
+            all-reduce.
+    """
+
+    unnamed: ClassVar[tuple[str, ...]] = ("gate_up_proj",)
+
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        *,
+        group: ProcessGroup,
+        sp: int = 1,
+        bias: bool = False,
+        sequence_sharded: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        kwargs: dict[str, Any] = {
+            "group": group,
+            "sp": sp,
+            "bias": bias,
+            "sequence_sharded": sequence_sharded,
+            "device": device,
+            "dtype": dtype,
+        }
+        self._build(
+            GateUpParallelLinear(hidden_size, intermediate_size, **kwargs),
+            RowParallelLinear(intermediate_size, hidden_size, **kwargs),
+        )
+
+    def _build(self, gate_up_proj: GateUpParallelLinear, down_proj: RowParallelLinear) -> None:
+        super().__init__()
+        self.gate_up_proj: nn.Module = gate_up_proj
+        self.down_proj: nn.Module = down_proj
+        self.blocks: dict[Layout | None, tuple[int, ...]] = {
+            None: gate_up_proj.blocks(),
+            gate_up_proj.layout: gate_up_proj.blocks(),
+        }
+        drop_child_names(self, self.unnamed)
+
+    @classmethod
+    def from_module(cls, mlp: nn.Module, *, group: ProcessGroup, sp: int = 1, sequence_sharded: bool = False) -> Self:
+        """Slice any MLP with `gate_proj`, `up_proj` and `down_proj` linears and a SiLU between (not checked)."""
+        parts = [getattr(mlp, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
+        gate, up, down = (part for part in parts)
+        if not (isinstance(gate, nn.Linear) and isinstance(up, nn.Linear) and isinstance(down, nn.Linear)):
+            raise TypeError(f"`mlp` must have linear gate_proj, up_proj and down_proj, got {type(mlp).__name__}")
+        new = cls.__new__(cls)
+        new._build(
+            GateUpParallelLinear.from_linears(gate, up, group=group, sp=sp, sequence_sharded=sequence_sharded),
+            RowParallelLinear.from_linear(down, group=group, sp=sp, sequence_sharded=sequence_sharded),
+        )
+        return new
+
+    def add_layout(self, layout: Layout, *, group: ProcessGroup) -> None:
+        """Make `steps(x, layout=layout)` available; see `ColumnParallelLinear.add_layout`."""
+        gate_up, down = self.gate_up_proj, self.down_proj
+        assert isinstance(gate_up, GateUpParallelLinear) and isinstance(down, RowParallelLinear)
+        gate_up.add_layout(layout, group=group)
+        down.add_layout(layout, group=group)
+        self.blocks[layout] = gate_up.blocks(layout)
+
+    def steps(
+        self, x: Float[Tensor, "t m"], *, layout: Layout | None = None, num_tokens: int | None = None
+    ) -> Steps[Float[Tensor, "t m"]]:
+        """See `forward`; yields where its linears do."""
+        options = given(layout=layout, num_tokens=num_tokens)
+        gate_up = yield from comm.call(self.gate_up_proj, x, **options)
+        hidden = swiglu(gate_up, self.blocks[layout])
+        return (yield from comm.call(self.down_proj, hidden, **options))
+
+    def forward(
+        self, x: Float[Tensor, "t m"], *, layout: Layout | None = None, num_tokens: int | None = None
+    ) -> Float[Tensor, "t m"]:
+        """Apply the MLP.
+
+        In, Out: x[T, M], replicated over the group; [T/p, M] when sequence-sharded.
+        Grad:  replicated (or sequence-sharded), as `x` is.
+        Comm:  one all-reduce of T*M elements (or an all-gather and a reduce-scatter).
+        """
+        return comm.run(self.steps(x, layout=layout, num_tokens=num_tokens))
+
+
+def given(**options: Any) -> dict[str, Any]:
+    """The options that are set, so that a wrapped child which knows none of them is called with `x` alone."""
+    return {name: value for name, value in options.items() if value is not None}

@@ -1,0 +1,66 @@
+"""RMSNorm with a replicated weight; it normalises whichever tokens it is given, so sequence shards need no more."""
+
+from __future__ import annotations
+
+from typing import Self
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from seqpar.comm import Groups, ProcessGroup
+from seqpar.kernels import rms_norm
+from seqpar.layers.base import ShardedModule, Source
+
+__all__ = ["RMSNorm"]
+
+
+class RMSNorm(ShardedModule):
+    """Root-mean-square norm over the last dim (arXiv:1910.07467).
+
+    In, Out: [..., M], any placement of the tokens.
+    Grad:  of the weight: partial over every group that the tokens, or the heads it is applied to, are sharded over.
+
+    Args:
+        size: M.
+        eps: added to the mean square.
+        over_tp: the norm sees other tokens or heads on each tensor-parallel rank (sequence-sharded activations, q/k
+            norms), so that `sync_gradients` sums over `tp` too.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        eps: float = 1e-6,
+        *,
+        over_tp: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.eps, self.over_tp = eps, over_tp
+        self.weight = nn.Parameter(torch.ones(size, device=device, dtype=dtype))
+
+    @classmethod
+    def from_module(cls, norm: nn.Module, *, over_tp: bool = False) -> Self:
+        """Copy any norm with a `weight` and an `eps` or `variance_epsilon` (Transformers' name)."""
+        eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+        weight = norm.weight
+        if not isinstance(weight, Tensor) or not isinstance(eps, float):
+            raise TypeError(f"`norm` must have a `weight` and an `eps`, got {type(norm).__name__}")
+        new = cls(weight.shape[0], eps, over_tp=over_tp, device="meta", dtype=weight.dtype)
+        new.load_unsharded({"weight": weight})
+        new.weight.requires_grad_(weight.requires_grad)
+        return new
+
+    def forward(self, x: Float[Tensor, "*tokens m"]) -> Float[Tensor, "*tokens m"]:
+        return rms_norm(x, self.weight, self.eps)
+
+    def sources(self, rank: int | None = None) -> dict[str, Source]:
+        return {"weight": Source.whole(tuple(self.weight.shape), "weight")}
+
+    def gradient_groups(self, param: str, groups: Groups) -> tuple[ProcessGroup, ...]:
+        return (groups.tp, groups.sp) if self.over_tp else (groups.sp,)
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.weight.shape)}, eps={self.eps}"

@@ -1,0 +1,219 @@
+"""Ulysses attention: tokens become heads and back, with one all-to-all each way.
+
+Every rank of the sequence group holds a slice of the tokens of the fused QKV projection. One all-to-all gives it all
+tokens of its own heads, the KV heads that several ranks need being replicated in the send buffer; it appends them to its
+cache, attends over whole sequences, and a second all-to-all returns the output to the token slices. The received buffer
+is used as it arrived: tokens come in rank order, so nothing is unpacked.
+
+Rotary embedding and q/k norms are applied after the first all-to-all, to the heads that the rank owns. Before it they
+would cost the same, but need a second pass over the send buffer or an in-place write that training cannot undo; with
+replicated KV heads the late form repeats them once per replica, which is small beside attention.
+
+Source: DeepSpeed-Ulysses (arXiv:2309.14509) exchanges q, k and v in three calls and refuses what does not divide; the
+fused form with replicated KV heads is Shift Parallelism's (arXiv:2509.16495).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from seqpar import comm
+from seqpar.comm import Mark, ProcessGroup, Steps
+from seqpar.kernels import attention, rotary
+from seqpar.kv import PagedKV
+from seqpar.partition import HeadMap, Layout, Range, even_split
+from seqpar.ragged import RaggedBatch
+
+__all__ = ["UlyssesAttention"]
+
+
+class _Exchange(NamedTuple):
+    """What travels in one layout: the group, and the columns that each of its ranks receives and returns."""
+
+    group: ProcessGroup
+    columns: tuple[tuple[Range, ...], ...]
+    widths: tuple[int, ...]
+
+
+class UlyssesAttention(nn.Module):
+    """Causal attention over a ragged batch whose tokens are sharded over `group`.
+
+    A group of one rank is plain attention over the local heads, as tensor parallelism needs it.
+
+    Args:
+        heads: who owns which heads; its sp must be the size of `group`.
+        head_dim: D.
+        group: the sequence ranks.
+        tp_rank: which tensor-parallel shard of the heads the QKV columns are.
+        q_norm, k_norm: applied to each head before the rotary embedding (Qwen3).
+        window: visible keys including the query's own; None for all.
+        softmax_scale: factor of the scores; 1/sqrt(D) by default.
+        layer_index: which layer of the cache this is.
+    """
+
+    label: str = ""
+
+    def __init__(
+        self,
+        heads: HeadMap,
+        head_dim: int,
+        *,
+        group: ProcessGroup,
+        tp_rank: int = 0,
+        q_norm: nn.Module | None = None,
+        k_norm: nn.Module | None = None,
+        window: int | None = None,
+        softmax_scale: float | None = None,
+        layer_index: int = 0,
+    ) -> None:
+        super().__init__()
+        if heads.sp != group.size() or not 0 <= tp_rank < heads.tp:
+            raise ValueError(
+                f"`heads` must be split over the group's {group.size()} sequence ranks and hold tp rank {tp_rank}, "
+                f"got tp={heads.tp}, sp={heads.sp}"
+            )
+        if window is not None and window < 1:
+            raise ValueError(f"`window` must be at least 1 key or None, got {window}")
+        self.heads, self.head_dim, self.window, self.layer_index = heads, head_dim, window, layer_index
+        self.softmax_scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
+        self.q_norm, self.k_norm = q_norm, k_norm
+        self.rank = tp_rank * heads.sp + group.rank()
+        self.num_heads, self.num_kv_heads = heads.q_ranges[self.rank].size, heads.kv_ranges[self.rank].size
+        self.kv_head_of = _unless_uniform(heads.kv_head_of(self.rank), self.num_kv_heads)
+        self.exchanges: dict[Layout | None, _Exchange] = {}
+        self.exchanges[None] = self.exchanges[heads.layout] = self._exchange(heads, group, tp_rank)
+
+    def add_layout(self, layout: Layout, *, group: ProcessGroup) -> None:
+        """Make `steps(qkv, layout=layout)` available over `group`, that layout's sequence ranks.
+
+        Raises:
+            ValueError: `layout` gives this rank other heads, or `group` has another size than its sp.
+        """
+        tp_rank = self.rank // layout.sp
+        if layout.size != self.heads.size or layout.sp != group.size() or self.rank % layout.sp != group.rank():
+            raise ValueError(
+                f"`layout` must place flat rank {self.rank} of {self.heads.size} at rank {group.rank()} of a group of "
+                f"{group.size()}, got {layout}"
+            )
+        self.exchanges[layout] = self._exchange(self.heads.on(layout), group, tp_rank)
+
+    def pack(self, q: Float[Tensor, "t h d"], k: Float[Tensor, "t g d"], v: Float[Tensor, "t g d"]) -> Tensor:
+        """Lay separate projections out as `steps` takes them: [T, C] in the order of `HeadMap.storage`."""
+        shard = self.heads.q_shard(self.rank // self.heads.sp), self.heads.kv_shard(self.rank // self.heads.sp)
+        kv = torch.stack([k, v], dim=2)
+        parts = [
+            (q if segment.kind == "q" else kv)[:, segment.heads.start - first : segment.heads.stop - first].flatten(1)
+            for segment in self.heads.storage(self.rank // self.heads.sp)
+            for first in (shard[segment.kind == "kv"].start,)
+        ]
+        return torch.cat(parts, dim=1)
+
+    def steps(
+        self,
+        qkv: Float[Tensor, "t_local c"],
+        batch: RaggedBatch,
+        cos: Float[Tensor, "t d"] | None = None,
+        sin: Float[Tensor, "t d"] | None = None,
+        kv: PagedKV | None = None,
+        *,
+        layout: Layout | None = None,
+    ) -> Steps[Float[Tensor, "t_local o"]]:
+        """See `forward`; yields at the two all-to-alls, with a `Mark` where the KV is appended between them."""
+        if layout not in self.exchanges:
+            raise ValueError(f"`layout` must be one that was added, got {layout}; see add_layout")
+        exchange = self.exchanges[layout]
+        tokens = even_split(batch.num_tokens, exchange.group.size())
+        self._check(qkv, tokens[exchange.group.rank()], exchange)
+        mine = yield from comm.seq_to_heads_steps(
+            qkv, columns=exchange.columns, tokens=tokens, group=exchange.group, label=self.label
+        )
+        q, k, v = self._split(mine)
+        q, k = self._prepare(self.q_norm, q, cos, sin), self._prepare(self.k_norm, k, cos, sin)
+        yield Mark(self.layer_index)
+        out = self._attend(q, k, v, batch, kv)
+        return (
+            yield from comm.heads_to_seq_steps(
+                out.flatten(1), widths=exchange.widths, tokens=tokens, group=exchange.group, label=self.label
+            )
+        )
+
+    def forward(
+        self,
+        qkv: Float[Tensor, "t_local c"],
+        batch: RaggedBatch,
+        cos: Float[Tensor, "t d"] | None = None,
+        sin: Float[Tensor, "t d"] | None = None,
+        kv: PagedKV | None = None,
+        *,
+        layout: Layout | None = None,
+    ) -> Float[Tensor, "t_local o"]:
+        """Attend.
+
+        In:    qkv[T/sp, C]: `even_split` of the batch's tokens; this tp shard's columns in `HeadMap.storage` order.
+        Out:   [T/sp, H/tp * D], the same tokens, query heads in order.
+        Grad:  placed as the inputs; gradients of replicated KV heads are summed on the way back.
+        Comm:  each rank sends (q + k + v heads of the others) * D * T/sp elements, then as many for its output heads.
+
+        Args:
+            qkv: the fused projection.
+            batch: the step's tokens, all of them, the same on every rank.
+            cos, sin: rotary tables of all T tokens; None leaves q and k as they are.
+            kv: the cache of this rank's heads. New keys and values are appended at `batch.slots`; None attends among
+                the new tokens alone.
+            layout: one that `add_layout` recorded; the stored one by default.
+
+        Raises:
+            ValueError: tokens or columns that are not the batch's or the head map's; a gradient that would have to
+                flow into cached keys.
+        """
+        return comm.run(self.steps(qkv, batch, cos, sin, kv, layout=layout))
+
+    def _exchange(self, heads: HeadMap, group: ProcessGroup, tp_rank: int) -> _Exchange:
+        columns = tuple(tuple(r.scale(self.head_dim) for r in ranges) for ranges in heads.columns(tp_rank))
+        return _Exchange(group, columns, tuple(width * self.head_dim for width in heads.out_widths(tp_rank)))
+
+    def _check(self, qkv: Tensor, tokens: int, exchange: _Exchange) -> None:
+        columns = max(r.stop for ranges in exchange.columns for r in ranges)
+        if qkv.ndim != 2 or tuple(qkv.shape) != (tokens, columns):
+            raise ValueError(
+                f"`qkv` must have shape [{tokens}, {columns}] (this rank's tokens, its shard's heads), "
+                f"got {list(qkv.shape)}"
+            )
+
+    def _split(self, mine: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[T, (q | k0 v0 k1 v1 ...) * D] to views q[T, H, D], k[T, G, D], v[T, G, D]."""
+        queries = self.num_heads * self.head_dim
+        q = rearrange(mine[:, :queries], "t (h d) -> t h d", d=self.head_dim)
+        pairs = rearrange(mine[:, queries:], "t (g two d) -> t g two d", two=2, d=self.head_dim)
+        return q, pairs[:, :, 0], pairs[:, :, 1]
+
+    @staticmethod
+    def _prepare(norm: nn.Module | None, x: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
+        x = x if norm is None else norm(x)
+        return x if cos is None or sin is None else rotary(x, cos, sin)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, batch: RaggedBatch, kv: PagedKV | None) -> Tensor:
+        options = {"softmax_scale": self.softmax_scale, "window": self.window, "kv_head_of": self.kv_head_of}
+        prefixed = batch.kv_lens != batch.q_lens
+        if kv is None:
+            if prefixed:
+                raise ValueError("`kv` must be given for a batch with cached tokens, got None")
+            return attention(q, k, v, batch, **options)[0]
+        if prefixed and torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
+            raise ValueError("`kv` must be empty where gradients are wanted, got cached tokens; use torch.no_grad()")
+        kv.append(self.layer_index, k.detach(), v.detach(), batch)
+        if prefixed:
+            k, v = kv.layer(self.layer_index)
+        return attention(q, k, v, batch, **options)[0]
+
+
+def _unless_uniform(kv_head_of: tuple[int, ...], num_kv_heads: int) -> tuple[int, ...] | None:
+    """None where every KV head serves the same number of consecutive query heads, which kernels assume by default."""
+    ratio = len(kv_head_of) // num_kv_heads
+    uniform = tuple(i // ratio for i in range(len(kv_head_of))) if len(kv_head_of) % num_kv_heads == 0 else ()
+    return None if kv_head_of == uniform else kv_head_of
