@@ -1,0 +1,20 @@
+"""The numerical parts, each a folder with its definition (`reference.py`), a fast form, and one validated entry."""
+
+from seqpar.kernels.attention import attention
+from seqpar.kernels.dispatch import Backend, choose_backend
+from seqpar.kernels.merge import merge
+from seqpar.kernels.rms_norm import rms_norm
+from seqpar.kernels.rotary import RopeConfig, rope_table, rotary
+from seqpar.kernels.swiglu import swiglu
+
+__all__ = [
+    "Backend",
+    "RopeConfig",
+    "attention",
+    "choose_backend",
+    "merge",
+    "rms_norm",
+    "rope_table",
+    "rotary",
+    "swiglu",
+]

@@ -1,0 +1,105 @@
+"""Attention over ragged, paged, causal, grouped-query and sliding-window input, with the log-sum-exp of its scores."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from seqpar.kernels.attention import pytorch, reference
+from seqpar.kernels.dispatch import Backend, choose_backend, unknown_backend
+from seqpar.ragged import RaggedBatch
+
+__all__ = ["attention"]
+
+
+def attention(
+    q: Float[Tensor, "t h d"],
+    k: Float[Tensor, "*keys g d"],
+    v: Float[Tensor, "*keys g d"],
+    batch: RaggedBatch,
+    *,
+    softmax_scale: float | None = None,
+    window: int | None = None,
+    kv_head_of: tuple[int, ...] | None = None,
+    backend: Backend = "auto",
+) -> tuple[Float[Tensor, "t h d"], Float[Tensor, "t h"]]:
+    """What each new token gathers from the keys of its request that it may see, and the mass it saw.
+
+    In:    q[T, H, D]; k, v either flat [sum(kv_lens), G, D], the requests one after another, when the batch has no
+           cache, or pages [pages, page_size, G, D] that hold the new tokens already. Views with unit stride in D are
+           read in place.
+    Out:   out[T, H, D] in the dtype of q; lse[T, H], natural log, float32 (float64 for float64), contiguous.
+    Grad:  to q, k, v through `out`; through `lse` with backend="reference" only, elsewhere an error.
+
+    Args:
+        q: Queries of the new tokens.
+        k: Keys.
+        v: Values.
+        batch: Whose tokens these are; always causal, by index in the request.
+        softmax_scale: Factor on the scores; D ** -0.5 by default.
+        window: Keys that a token sees, itself included; None for all before it.
+        kv_head_of: KV head that each query head reads, non-decreasing; query heads are shared out evenly by default.
+        backend: "torch" (fused operators), "reference" (the definition), or "auto", see `choose_backend`.
+
+    Raises:
+        ValueError: shapes, dtypes, devices, the window or the head map contradict each other.
+    """
+    key = ("attention", q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, window, kv_head_of)
+    heads: tuple[int, ...] | None = batch.plans.get(key)
+    if heads is None:
+        heads = batch.plans[key] = _check(q, k, v, batch, window, kv_head_of)
+    if backend == "auto":
+        backend = choose_backend("attention", q.device, q.dtype)
+    if not heads or not batch.num_tokens:
+        return q.new_zeros(q.shape), q.new_zeros(q.shape[:2], dtype=_lse_dtype(q))
+    scale = q.shape[2] ** -0.5 if softmax_scale is None else softmax_scale
+    if backend == "torch":
+        return pytorch.attention(q, k, v, batch, softmax_scale=scale, window=window, kv_head_of=heads)
+    if backend == "reference":
+        return reference.attention(q, k, v, batch, softmax_scale=scale, window=window, kv_head_of=heads)
+    raise unknown_backend(backend)
+
+
+def _lse_dtype(q: Tensor) -> torch.dtype:
+    return torch.promote_types(q.dtype, torch.float32)
+
+
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, batch: RaggedBatch, window: int | None, kv_head_of: tuple[int, ...] | None
+) -> tuple[int, ...]:
+    """The KV head of each query head, once everything fits together."""
+    if q.dim() != 3 or len(q) != batch.num_tokens:
+        raise ValueError(f"`q` must be [{batch.num_tokens} tokens, heads, head_dim], got {list(q.shape)}")
+    if k.shape != v.shape:
+        raise ValueError(f"`v` must have the shape of `k` ({list(k.shape)}), got {list(v.shape)}")
+    if batch.has_cache and (k.dim() != 4 or k.shape[1] != batch.page_size):
+        raise ValueError(f"`k` must be pages [pages, {batch.page_size}, kv_heads, head_dim], got {list(k.shape)}")
+    if not batch.has_cache and (k.dim() != 3 or len(k) != batch.kv_starts[-1]):
+        raise ValueError(f"`k` must be [{batch.kv_starts[-1]} keys, kv_heads, head_dim], got {list(k.shape)}")
+    if k.shape[-1] != q.shape[2] or q.shape[2] == 0:
+        raise ValueError(f"`k` must have the head_dim of `q` ({q.shape[2]}), at least 1, got {k.shape[-1]}")
+    if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
+        raise ValueError(f"`q`, `k`, `v` must have one floating dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
+    if not q.device == k.device == v.device:
+        raise ValueError(f"`q`, `k`, `v` must be on one device, got {q.device}, {k.device}, {v.device}")
+    if window is not None and window < 1:
+        raise ValueError(f"`window` must be at least 1, since a token sees itself, got {window}; None is no window")
+    return _check_heads(q.shape[1], k.shape[-2], kv_head_of)
+
+
+def _check_heads(num_heads: int, num_kv_heads: int, kv_head_of: tuple[int, ...] | None) -> tuple[int, ...]:
+    if kv_head_of is None:
+        if num_heads and (num_kv_heads == 0 or num_heads % num_kv_heads):
+            raise ValueError(
+                f"`q` must have a multiple of the KV heads ({num_kv_heads}), got {num_heads}; "
+                "pass `kv_head_of` where heads are shared out unevenly"
+            )
+        return tuple(head * num_kv_heads // num_heads for head in range(num_heads))
+    inside = all(0 <= head < num_kv_heads for head in kv_head_of)
+    if len(kv_head_of) != num_heads or not inside or list(kv_head_of) != sorted(kv_head_of):
+        raise ValueError(
+            f"`kv_head_of` must give each of {num_heads} query heads one of {num_kv_heads} KV heads, "
+            f"non-decreasing, got {kv_head_of}"
+        )
+    return kv_head_of

@@ -1,0 +1,106 @@
+"""How a ragged batch becomes few calls of a dense attention operator: pure planning on host integers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import groupby
+from typing import NamedTuple
+
+from seqpar.ragged import RaggedBatch
+
+__all__ = ["Group", "HeadRun", "head_runs", "make_groups"]
+
+
+class HeadRun(NamedTuple):
+    """Consecutive query heads that share consecutive KV heads in one ratio."""
+
+    q_start: int
+    q_stop: int
+    kv_start: int
+    kv_stop: int
+
+
+class Group(NamedTuple):
+    """Neighbouring requests of one shape whose keys lie evenly spaced: one call serves them all.
+
+    Keys that no query sees because of the window are already left out, so `prefix` + `q_len` keys remain.
+    """
+
+    row: int
+    count: int
+    q_len: int
+    prefix: int
+    start: int
+    """Address of the first request's first key, in tokens; relative to the gathered pages where there are some."""
+    stride: int
+    """Tokens from one request's first key to the next request's."""
+    pages: tuple[int, ...] = ()
+    """Pages to gather first, where one request's keys are scattered."""
+
+    @property
+    def kv_len(self) -> int:
+        return self.prefix + self.q_len
+
+
+def head_runs(kv_head_of: tuple[int, ...]) -> tuple[HeadRun, ...]:
+    """Cut the local heads where the ratio of query to KV heads changes, or where a KV head is left out.
+
+    >>> head_runs((0, 0, 1, 1))
+    (HeadRun(q_start=0, q_stop=4, kv_start=0, kv_stop=2),)
+    >>> head_runs((0, 1, 1, 1, 2, 2, 2))
+    (HeadRun(q_start=0, q_stop=1, kv_start=0, kv_stop=1), HeadRun(q_start=1, q_stop=7, kv_start=1, kv_stop=3))
+    """
+    runs: list[HeadRun] = []
+    at = 0
+    for kv_head, same in groupby(kv_head_of):
+        ratio = len(list(same))
+        last = runs[-1] if runs else None
+        if last and last.kv_stop == kv_head and last.q_stop - last.q_start == ratio * (kv_head - last.kv_start):
+            runs[-1] = last._replace(q_stop=at + ratio, kv_stop=kv_head + 1)
+        else:
+            runs.append(HeadRun(at, at + ratio, kv_head, kv_head + 1))
+        at += ratio
+    return tuple(runs)
+
+
+def make_groups(batch: RaggedBatch, window: int | None) -> tuple[Group, ...]:
+    """Cover all rows of the batch, in order, with as few groups as joining neighbours allows."""
+    groups: list[Group] = []
+    for item in _requests(batch, window):
+        joined = _join(groups[-1], item) if groups else None
+        if joined is None:
+            groups.append(item)
+        else:
+            groups[-1] = joined
+    return tuple(groups)
+
+
+def _requests(batch: RaggedBatch, window: int | None) -> Iterator[Group]:
+    """Each request that has new tokens, alone."""
+    for request, (new, keys) in enumerate(zip(batch.q_lens, batch.kv_lens, strict=True)):
+        if new == 0:
+            continue
+        hidden = max(0, keys - new + 1 - (window or keys))
+        group = Group(batch.q_starts[request], 1, new, keys - new - hidden, 0, 0)
+        yield group._replace(**_locate(batch, request, hidden))
+
+
+def _locate(batch: RaggedBatch, request: int, first: int) -> dict[str, int | tuple[int, ...]]:
+    """Where a request's keys lie, from key `first` on."""
+    if not batch.has_cache:
+        return {"start": batch.kv_starts[request] + first}
+    skipped, offset = divmod(first, batch.page_size)
+    pages = batch.pages[request][skipped:]
+    if all(b == a + 1 for a, b in zip(pages, pages[1:], strict=False)):
+        return {"start": pages[0] * batch.page_size + offset}
+    return {"start": offset, "pages": pages}
+
+
+def _join(group: Group, item: Group) -> Group | None:
+    """`group` with one more request, when that one has its shape and keeps its spacing."""
+    stride = (item.start - group.start) // group.count
+    alike = (item.q_len, item.prefix) == (group.q_len, group.prefix) and not (item.pages or group.pages)
+    even = stride >= 0 and item.start == group.start + group.count * stride and group.stride in (stride, 0)
+    if not alike or not even or (group.count > 1 and group.stride != stride):
+        return None
+    return group._replace(count=group.count + 1, stride=stride)

@@ -1,0 +1,39 @@
+"""SwiGLU over a packed projection."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from jaxtyping import Float
+from torch import Tensor
+
+from seqpar.kernels.dispatch import Backend, choose_backend, unknown_backend
+from seqpar.kernels.swiglu import pytorch, reference
+
+__all__ = ["swiglu"]
+
+
+def swiglu(
+    gate_up: Float[Tensor, "t c"], blocks: Sequence[int], *, backend: Backend = "auto"
+) -> Float[Tensor, "t c//2"]:
+    """silu(gate) * up, the activation of a gated MLP.
+
+    In:    gate_up[T, 2 * sum(blocks)], columns gate0 | up0 | gate1 | up1 ..., sub-block i `blocks[i]` wide.
+    Out:   [T, sum(blocks)], columns in the order of the sub-blocks.
+    Grad:  to gate_up.
+
+    Raises:
+        ValueError: the columns are not two of each sub-block.
+    """
+    if gate_up.shape[1] != 2 * sum(blocks) or min(blocks, default=-1) < 0:
+        raise ValueError(
+            f"`gate_up` must have a gate and an up column for each of `blocks` ({2 * sum(blocks)} columns), "
+            f"got {gate_up.shape[1]} for blocks {tuple(blocks)}"
+        )
+    if backend == "auto":
+        backend = choose_backend("swiglu", gate_up.device, gate_up.dtype)
+    if backend == "torch":
+        return pytorch.swiglu(gate_up, blocks)
+    if backend == "reference":
+        return reference.swiglu(gate_up, blocks)
+    raise unknown_backend(backend)

@@ -1,0 +1,221 @@
+"""One step's tokens: the requests lie flat, one after another, with one frozen description of who they are.
+
+A prompt chunk, a decode, a mixture of both and a pipeline micro-batch are the same thing, and a batch without a cache
+(training, a whole prompt at once) is one whose keys are given rather than paged. Lengths are host integers, so that
+planning never waits for a device; what a device needs is kept beside them as tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import accumulate, takewhile
+from typing import Any
+
+import torch
+from jaxtyping import Int32, Int64
+from torch import Tensor
+
+__all__ = ["RaggedBatch"]
+
+
+@dataclass(frozen=True, eq=False)
+class RaggedBatch:
+    """The frozen description of one step's tokens.
+
+    Causality goes by index: new token `i` of request `r` sees that request's keys `0 .. kv_lens[r] - q_lens[r] + i`.
+    `positions` serve rotary embeddings alone, so padded prompts may number their tokens as they like.
+
+    Attributes:
+        q_lens: New tokens of each request; a request may have none.
+        kv_lens: Keys of each request once the new tokens are appended.
+        positions: Rotary position of each new token.
+        slots: Flat cache address, `page * page_size + offset`, of each new token; empty without a cache.
+        page_table: Pages of each request in order, rows filled up with zeros; no columns without a cache.
+        page_size: Tokens in a page, 0 without a cache.
+
+    Raises:
+        ValueError: lengths, positions, slots and pages do not describe one batch.
+    """
+
+    q_lens: tuple[int, ...]
+    kv_lens: tuple[int, ...]
+    positions: Int64[Tensor, " t"]
+    slots: Int64[Tensor, " s"]
+    page_table: Int32[Tensor, "n pages"]
+    page_size: int = 0
+
+    def __post_init__(self) -> None:
+        _check_lengths(self.q_lens, self.kv_lens)
+        tokens, requests = self.num_tokens, self.num_requests
+        if self.positions.shape != (tokens,):
+            raise ValueError(
+                f"`positions` must have one entry per new token ({tokens}), got {list(self.positions.shape)}"
+            )
+        if self.slots.shape != (tokens if self.page_size else 0,):
+            raise ValueError(
+                f"`slots` must have one entry per new token ({tokens}), none without a cache, "
+                f"got {list(self.slots.shape)} with page_size={self.page_size}"
+            )
+        if self.page_table.dim() != 2 or len(self.page_table) != requests:
+            raise ValueError(
+                f"`page_table` must have one row per request ({requests}), got {list(self.page_table.shape)}"
+            )
+        if self.page_table.shape[1] * self.page_size < max(self.kv_lens, default=0) and self.page_size:
+            raise ValueError(
+                f"`page_table` must hold the longest request ({max(self.kv_lens)} tokens), "
+                f"got {self.page_table.shape[1]} pages of {self.page_size}"
+            )
+
+    @classmethod
+    def prefill(cls, q_lens: Sequence[int], device: torch.device | str = "cpu") -> RaggedBatch:
+        """Whole sequences without a cache: the keys are the tokens themselves, positions count from 0."""
+        return cls.build(q_lens, q_lens, device=device)
+
+    @classmethod
+    def build(
+        cls,
+        q_lens: Sequence[int],
+        kv_lens: Sequence[int],
+        pages: Sequence[Sequence[int]] | None = None,
+        page_size: int = 0,
+        *,
+        positions: Int64[Tensor, " t"] | None = None,
+        device: torch.device | str = "cpu",
+    ) -> RaggedBatch:
+        """Compute positions and slots from lengths and pages.
+
+        Args:
+            q_lens: New tokens of each request.
+            kv_lens: Keys of each request, its new tokens included.
+            pages: Pages of each request in order, or None for a batch without a cache.
+            page_size: Tokens in a page.
+            positions: Rotary positions of the new tokens; by default each token's index in its request.
+            device: Where the tensors are to lie.
+
+        Raises:
+            ValueError: lengths are negative, keys are fewer than new tokens, or pages do not hold the keys.
+        """
+        q_lens, kv_lens = tuple(q_lens), tuple(kv_lens)
+        _check_lengths(q_lens, kv_lens)
+        index = _indices(q_lens, kv_lens)
+        table = _page_table(kv_lens, pages, page_size)
+        slots = index[:0]
+        if page_size:
+            request = torch.repeat_interleave(torch.tensor(q_lens, dtype=torch.int64))
+            slots = table[request, index // page_size].long() * page_size + index % page_size
+        where = index if positions is None else positions
+        return cls(q_lens, kv_lens, where.to(device), slots.to(device), table.to(device), page_size)
+
+    def to(self, device: torch.device | str) -> RaggedBatch:
+        """The same batch with its tensors on `device`."""
+        moved = {name: getattr(self, name).to(device) for name in ("positions", "slots", "page_table")}
+        return replace(self, **moved)
+
+    @property
+    def device(self) -> torch.device:
+        return self.positions.device
+
+    @cached_property
+    def num_tokens(self) -> int:
+        return sum(self.q_lens)
+
+    @property
+    def num_requests(self) -> int:
+        return len(self.q_lens)
+
+    @property
+    def has_cache(self) -> bool:
+        """Whether keys are addressed by pages; otherwise they are given, request after request."""
+        return self.page_size > 0
+
+    @cached_property
+    def q_starts(self) -> tuple[int, ...]:
+        """First row of each request, and the number of rows."""
+        return (0, *accumulate(self.q_lens))
+
+    @cached_property
+    def kv_starts(self) -> tuple[int, ...]:
+        """First key of each request when keys lie flat, and their number."""
+        return (0, *accumulate(self.kv_lens))
+
+    @cached_property
+    def cu_q(self) -> Int32[Tensor, " n+1"]:
+        """`q_starts` on the device."""
+        return torch.tensor(self.q_starts, dtype=torch.int32, device=self.device)
+
+    @cached_property
+    def cu_kv(self) -> Int32[Tensor, " n+1"]:
+        """`kv_starts` on the device."""
+        return torch.tensor(self.kv_starts, dtype=torch.int32, device=self.device)
+
+    @cached_property
+    def last_idx(self) -> Int64[Tensor, " n"]:
+        """Row of each request's last new token; -1, which no gather accepts, for a request without new tokens."""
+        rows = [stop - 1 if length else -1 for length, stop in zip(self.q_lens, self.q_starts[1:], strict=True)]
+        return torch.tensor(rows, dtype=torch.int64, device=self.device)
+
+    @cached_property
+    def n_decode(self) -> int:
+        """Leading requests that have exactly one new token."""
+        return sum(1 for _ in takewhile(lambda length: length == 1, self.q_lens))
+
+    @cached_property
+    def pages(self) -> tuple[tuple[int, ...], ...]:
+        """The pages that hold each request's keys, as host integers; waits for the device when it is not the host."""
+        used = [-(-length // self.page_size) if self.page_size else 0 for length in self.kv_lens]
+        return tuple(tuple(row[:n]) for row, n in zip(self.page_table.tolist(), used, strict=True))
+
+    @cached_property
+    def slot_runs(self) -> tuple[tuple[int, int, int], ...]:
+        """(row, slot, count) of the longest runs of rows whose slots are consecutive; waits as `pages` does."""
+        slots = self.slots.tolist()
+        cuts = [row for row in range(1, len(slots)) if slots[row] != slots[row - 1] + 1]
+        bounds = [0, *cuts, len(slots)] if slots else []
+        return tuple((a, slots[a], b - a) for a, b in zip(bounds, bounds[1:], strict=False))
+
+    @cached_property
+    def plans(self) -> dict[Hashable, Any]:
+        """What users of this batch have worked out from it once and need again in every layer."""
+        return {}
+
+
+def _check_lengths(q_lens: tuple[int, ...], kv_lens: tuple[int, ...]) -> None:
+    if len(q_lens) != len(kv_lens):
+        raise ValueError(f"`kv_lens` must have one entry per request ({len(q_lens)}), got {len(kv_lens)}")
+    for request, (new, keys) in enumerate(zip(q_lens, kv_lens, strict=True)):
+        if new < 0 or keys < new:
+            raise ValueError(
+                f"`kv_lens` must be at least `q_lens`, and `q_lens` at least 0, got {keys} keys "
+                f"and {new} new tokens for request {request}; keys include the new tokens"
+            )
+
+
+def _indices(q_lens: tuple[int, ...], kv_lens: tuple[int, ...]) -> Int64[Tensor, " t"]:
+    """Each new token's index in its own request."""
+    spans = [torch.arange(keys - new, keys) for new, keys in zip(q_lens, kv_lens, strict=True)]
+    return torch.cat(spans) if spans else torch.zeros(0, dtype=torch.int64)
+
+
+def _page_table(
+    kv_lens: tuple[int, ...], pages: Sequence[Sequence[int]] | None, page_size: int
+) -> Int32[Tensor, "n pages"]:
+    if page_size < 0 or (page_size == 0) != (pages is None):
+        raise ValueError(
+            f"`page_size` must be at least 1 with `pages` and 0 without, got {page_size} "
+            f"with{'out' if pages is None else ''} pages"
+        )
+    if pages is None:
+        return torch.zeros(len(kv_lens), 0, dtype=torch.int32)
+    if len(pages) != len(kv_lens):
+        raise ValueError(f"`pages` must have one entry per request ({len(kv_lens)}), got {len(pages)}")
+    for request, (row, keys) in enumerate(zip(pages, kv_lens, strict=True)):
+        if len(row) * page_size < keys:
+            raise ValueError(
+                f"`pages` must hold each request's keys ({keys} for request {request}), "
+                f"got {len(row)} pages of {page_size}"
+            )
+    width = max(map(len, pages), default=0)
+    rows = [[*row, *[0] * (width - len(row))] for row in pages]
+    return torch.tensor(rows, dtype=torch.int32).view(len(rows), width)
