@@ -1,0 +1,83 @@
+"""Communication: meshes and groups, collectives in flight, reshards, the serial schedule, counts.
+
+The only part of seqpar that imports `torch.distributed`.
+"""
+
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
+
+from seqpar.comm.agreement import agree
+from seqpar.comm.allreduce import Algorithm, all_reduce_algorithm
+from seqpar.comm.collectives import (
+    all_gather_async,
+    all_reduce_async,
+    all_to_all_async,
+    broadcast_async,
+    reduce_scatter_async,
+    send_recv_async,
+)
+from seqpar.comm.differentiable import (
+    all_gather,
+    all_gather_steps,
+    all_reduce,
+    all_reduce_steps,
+    all_to_all,
+    all_to_all_steps,
+    broadcast,
+    broadcast_steps,
+    reduce_grad,
+    reduce_scatter,
+    reduce_scatter_steps,
+    send_recv,
+    send_recv_steps,
+)
+from seqpar.comm.handle import CommError, Handle, Mark, describe
+from seqpar.comm.mesh import Groups, groups, init_mesh, is_deterministic
+from seqpar.comm.record import Count, Recorder, record
+from seqpar.comm.reshard import heads_to_seq, heads_to_seq_steps, seq_to_heads, seq_to_heads_steps
+from seqpar.comm.steps import Steps, call, run
+
+__all__ = [
+    "Algorithm",
+    "CommError",
+    "Count",
+    "DeviceMesh",
+    "Groups",
+    "Handle",
+    "Mark",
+    "ProcessGroup",
+    "Recorder",
+    "Steps",
+    "agree",
+    "all_gather",
+    "all_gather_async",
+    "all_gather_steps",
+    "all_reduce",
+    "all_reduce_algorithm",
+    "all_reduce_async",
+    "all_reduce_steps",
+    "all_to_all",
+    "all_to_all_async",
+    "all_to_all_steps",
+    "broadcast",
+    "broadcast_async",
+    "broadcast_steps",
+    "call",
+    "describe",
+    "groups",
+    "heads_to_seq",
+    "heads_to_seq_steps",
+    "init_mesh",
+    "is_deterministic",
+    "record",
+    "reduce_grad",
+    "reduce_scatter",
+    "reduce_scatter_async",
+    "reduce_scatter_steps",
+    "run",
+    "send_recv",
+    "send_recv_async",
+    "send_recv_steps",
+    "seq_to_heads",
+    "seq_to_heads_steps",
+]

@@ -1,0 +1,408 @@
+"""Raw collectives: each launches, and returns a `Handle`; no autograd, no write to an argument.
+
+All but the backend's own all-reduce and broadcast are exchanges (`alltoall`): gloo's exchange is its fastest
+collective by two to four times, takes uneven sizes, which its gathers do not, and moves no part that a rank keeps where
+that part lies at an end of the buffer (`_trim`).
+
+The methods of the process group are called directly: `torch.distributed`'s wrappers around them take longer than all
+the rest of a launch does here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from math import prod
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup, Work
+
+from seqpar.comm.allreduce import all_reduce_algorithm, check_summable, sum_in_rank_order
+from seqpar.comm.handle import Handle, describe, failure
+from seqpar.comm.mesh import is_deterministic
+from seqpar.comm.record import count
+from seqpar.partition import even_split
+
+__all__ = [
+    "all_gather_async",
+    "all_reduce_async",
+    "all_to_all_async",
+    "broadcast_async",
+    "reduce_async",
+    "reduce_scatter_async",
+    "send_recv_async",
+]
+
+
+def all_reduce_async(x: Tensor, *, group: ProcessGroup, label: str = "") -> Handle:
+    """Launch the sum of `x` over the ranks.
+
+    In:    x{partial}, the same shape on every rank; not to be written until the wait.
+    Out:   the sum, replicated, bitwise equal on all ranks.
+    Comm:  by size, see `all_reduce_algorithm`.
+
+    Raises:
+        TypeError: the dtype cannot be summed.
+    """
+    first, second = all_reduce_phases(x, group, label)
+    if second is None:
+        return first
+    # The second phase can only start when the first has ended: here that is in `wait`.
+    return first.then(lambda part: second(part).wait())
+
+
+Phase = Callable[[Tensor], Handle]
+
+
+def all_reduce_phases(x: Tensor, group: ProcessGroup, label: str) -> tuple[Handle, Phase | None]:
+    """Launch an all-reduce; and, if it takes two phases, how to launch the second with the result of the first."""
+    op, p, rank, n = "all_reduce", group.size(), group.rank(), x.numel()
+    if p == 1:
+        return Handle.finished(op, label, group, x), None
+    check_summable(x.dtype)
+    x = x.detach()
+    size = n * x.itemsize
+    sizes = even_split(n, p)
+    best = (n + (p - 2) * sizes[rank]) * x.itemsize
+    algorithm = all_reduce_algorithm(size, p, is_deterministic(group), x.device.type)
+    count(op, label, best, (p - 1) * size if algorithm == "one_shot" else best)
+    if algorithm == "one_shot":
+        return _one_shot(op, label, group, x), None
+    if algorithm == "backend":
+        out = x.clone(memory_format=torch.contiguous_format)  # gloo reduces only part of a strided tensor
+        return _launched(op, label, group, lambda: group.allreduce([out]), lambda: out, (out,)), None
+    return (
+        _reduce_parts(op, label, group, x.contiguous().view(-1), sizes),
+        lambda part: _gather_parts(op, label, group, part, sizes, lambda flat: flat.view(x.shape)),
+    )
+
+
+def all_gather_async(
+    x: Tensor, *, group: ProcessGroup, dim: int = 0, sizes: Sequence[int] | None = None, label: str = ""
+) -> Handle:
+    """Launch the concatenation of the ranks' `x` along `dim`.
+
+    In:    x, sharded along `dim`; rank r has `sizes[r]` there (default: all as many as this rank).
+    Out:   the whole, replicated.
+    Comm:  each rank sends its shard to p-1 others.
+
+    Raises:
+        ValueError: `sizes` does not fit the group or `x`.
+    """
+    op, p, rank = "all_gather", group.size(), group.rank()
+    dim = _dim(x, dim)
+    sizes = _sizes((x.shape[dim],) * p if sizes is None else sizes, "sizes", group)
+    _check_rows(x.shape[dim], sizes[rank], f"x.shape[{dim}]", "this rank's entry of `sizes`")
+    if p == 1:
+        return Handle.finished(op, label, group, x)
+    x = x.detach()
+    count(op, label, (p - 1) * x.numel() * x.itemsize)
+    others = prod(x.shape[:dim] + x.shape[dim + 1 :])
+    shapes = [(*x.shape[:dim], size, *x.shape[dim + 1 :]) for size in sizes]
+    elements = [size * others for size in sizes]
+
+    def unpack(flat: Tensor) -> Tensor:
+        if dim == 0:
+            return flat.view(sum(sizes), *x.shape[1:])
+        return torch.cat([part.view(shape) for part, shape in zip(flat.split(elements), shapes, strict=True)], dim)
+
+    return _gather_parts(op, label, group, x.contiguous().view(-1), elements, unpack)
+
+
+def reduce_scatter_async(
+    x: Tensor, *, group: ProcessGroup, dim: int = 0, sizes: Sequence[int] | None = None, label: str = ""
+) -> Handle:
+    """Launch the sum of `x` over the ranks, of which each rank gets its slice along `dim`.
+
+    In:    x{partial}, the same shape on every rank.
+    Out:   the sum, sharded along `dim`; rank r gets `sizes[r]` (default: an even split).
+    Comm:  each rank sends all but its own slice.
+
+    Raises:
+        ValueError: `sizes` does not fit the group or `x`.
+        TypeError: the dtype cannot be summed.
+    """
+    op, p, rank = "reduce_scatter", group.size(), group.rank()
+    dim = _dim(x, dim)
+    sizes = _sizes(even_split(x.shape[dim], p) if sizes is None else sizes, "sizes", group)
+    _check_rows(x.shape[dim], sum(sizes), f"x.shape[{dim}]", "the sum of `sizes`")
+    if p == 1:
+        return Handle.finished(op, label, group, x)
+    check_summable(x.dtype)
+    x = x.detach()
+    others = prod(x.shape[:dim] + x.shape[dim + 1 :])
+    count(op, label, (x.shape[dim] - sizes[rank]) * others * x.itemsize)
+    flat = x.contiguous().view(-1) if dim == 0 else torch.cat([part.reshape(-1) for part in x.split(list(sizes), dim)])
+    shape = (*x.shape[:dim], sizes[rank], *x.shape[dim + 1 :])
+    return _reduce_parts(op, label, group, flat, [size * others for size in sizes]).then(lambda part: part.view(shape))
+
+
+def all_to_all_async(
+    x: Tensor, *, group: ProcessGroup, send_sizes: Sequence[int], recv_sizes: Sequence[int], label: str = ""
+) -> Handle:
+    """Launch an exchange of rows.
+
+    In:    x[sum(send_sizes), ...]; the rows for rank 0 first, then those for rank 1, and so on.
+    Out:   [sum(recv_sizes), ...]; the rows from rank 0 first.
+    Comm:  each rank sends all rows but its own.
+
+    Raises:
+        ValueError: the sizes do not fit the group, each other or `x`.
+    """
+    op, p, rank = "all_to_all", group.size(), group.rank()
+    send_sizes = _sizes(send_sizes, "send_sizes", group)
+    recv_sizes = _sizes(recv_sizes, "recv_sizes", group)
+    _check_rows(x.shape[0], sum(send_sizes), "x.shape[0]", "the sum of `send_sizes`")
+    _check_rows(send_sizes[rank], recv_sizes[rank], "this rank's entry of `send_sizes`", "that of `recv_sizes`")
+    if p == 1:
+        return Handle.finished(op, label, group, x)
+    x = x.detach().contiguous()
+    row = prod(x.shape[1:])
+    count(op, label, (x.shape[0] - send_sizes[rank]) * row * x.itemsize)
+    out = x.new_empty((sum(recv_sizes), *x.shape[1:]))
+    return exchange(
+        op,
+        label,
+        group,
+        (x.view(-1), [size * row for size in send_sizes]),
+        (out.view(-1), [size * row for size in recv_sizes]),
+        lambda: out,
+    )
+
+
+def broadcast_async(x: Tensor, *, src: int, group: ProcessGroup, label: str = "") -> Handle:
+    """Launch the copy of rank `src`'s `x` to all ranks.
+
+    In:    x; on other ranks than `src` only its shape and dtype matter.
+    Out:   the value at `src`, replicated (there it is `x` itself).
+    Comm:  `src` sends p-1 times; counted there.
+
+    Raises:
+        ValueError: `src` is no rank of the group.
+    """
+    op, p = "broadcast", group.size()
+    _check_rank(src, "src", group)
+    if p == 1:
+        return Handle.finished(op, label, group, x)
+    x = x.detach()
+    here = group.rank() == src
+    count(op, label, (p - 1) * x.numel() * x.itemsize if here else 0)
+    out = x.contiguous() if here else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    return _launched(op, label, group, lambda: group.broadcast(out, src), lambda: out, (out,))
+
+
+def reduce_async(x: Tensor, *, dst: int, group: ProcessGroup, label: str = "") -> Handle:
+    """Launch the sum of `x` over the ranks for rank `dst`, in rank order; the others get zeros.
+
+    In:    x{partial}, the same shape on every rank.
+    Out:   the sum at `dst`, zeros elsewhere.
+    Comm:  all but `dst` send `x`.
+
+    Raises:
+        ValueError: `dst` is no rank of the group.
+        TypeError: the dtype cannot be summed.
+    """
+    op, p, rank, n = "reduce", group.size(), group.rank(), x.numel()
+    _check_rank(dst, "dst", group)
+    if p == 1:
+        return Handle.finished(op, label, group, x)
+    check_summable(x.dtype)
+    flat = x.detach().contiguous().view(-1)
+    count(op, label, 0 if rank == dst else n * x.itemsize)
+    if rank != dst:
+        sizes = _only(dst, n, p)
+        recv = flat.new_empty(0)
+        return exchange(op, label, group, (flat, sizes), (recv, [0] * p), lambda: torch.zeros_like(flat).view(x.shape))
+    recv = flat.new_empty((p - 1) * n)
+    return exchange(
+        op,
+        label,
+        group,
+        (flat[:0], [0] * p),
+        (recv, _all_but(rank, n, p)),
+        lambda: sum_in_rank_order(_with_own(recv, flat, p, rank)).view(x.shape),
+    )
+
+
+def send_recv_async(
+    x: Tensor,
+    *,
+    dst: int,
+    src: int,
+    group: ProcessGroup,
+    recv_shape: Sequence[int] | None = None,
+    tag: int = 0,
+    label: str = "",
+) -> Handle:
+    """Launch a send of `x` to rank `dst`, and a receive from rank `src`.
+
+    In:    x, any shape.
+    Out:   what `src` sent, of shape `recv_shape` (default: that of `x`).
+    Comm:  each rank sends `x`; a rank that sends to itself only passes `x` through.
+
+    Raises:
+        ValueError: `dst` or `src` is no rank of the group, or just one of them is this rank.
+    """
+    op, rank = "send_recv", group.rank()
+    _check_rank(dst, "dst", group)
+    _check_rank(src, "src", group)
+    if (dst == rank) != (src == rank):
+        raise ValueError(f"`dst` and `src` must both be this rank ({rank}) or neither, got {dst} and {src}")
+    if dst == rank:
+        return Handle.finished(op, label, group, x)
+    x = x.detach().contiguous()
+    count(op, label, x.numel() * x.itemsize)
+    out = x.new_empty(x.shape if recv_shape is None else tuple(recv_shape))
+    ops = [
+        dist.P2POp(dist.isend, x, group=group, tag=tag, group_peer=dst),
+        dist.P2POp(dist.irecv, out, group=group, tag=tag, group_peer=src),
+    ]
+    return _launched(op, label, group, lambda: dist.batch_isend_irecv(ops), lambda: out, (x, out))
+
+
+Part = tuple[Tensor, list[int]]
+"""A flat buffer, and how many of its elements belong to each rank."""
+
+
+def exchange(op: str, label: str, group: ProcessGroup, send: Part, recv: Part, finish: Callable[[], Tensor]) -> Handle:
+    """Launch the exchange that all others are made of, of flat contiguous buffers in rank order."""
+    (source, send_sizes), (target, recv_sizes) = send, recv
+    try:
+        work = group.alltoall_base(target, source, recv_sizes, send_sizes)
+    except RuntimeError as error:
+        raise failure(op, label, group, error) from error
+    return Handle(op, label, group, (work,), finish, (target, source))
+
+
+def _launched(
+    op: str,
+    label: str,
+    group: ProcessGroup,
+    launch: Callable[[], Work | list[Work]],
+    finish: Callable[[], Tensor],
+    buffers: Sequence[Tensor],
+) -> Handle:
+    try:
+        works = launch()
+    except RuntimeError as error:
+        raise failure(op, label, group, error) from error
+    return Handle(op, label, group, works if isinstance(works, list) else (works,), finish, buffers)
+
+
+def _one_shot(op: str, label: str, group: ProcessGroup, x: Tensor) -> Handle:
+    """Everything to everyone, then the sum here. With two ranks the buffers are `x` and the result's summand."""
+    p, rank, n = group.size(), group.rank(), x.numel()
+    flat = x.contiguous().view(-1)
+    sizes = _all_but(rank, n, p)
+    recv = flat.new_empty((p - 1) * n)
+    return exchange(
+        op,
+        label,
+        group,
+        (flat if p == 2 else flat.repeat(p - 1), sizes),
+        (recv, sizes),
+        lambda: sum_in_rank_order(_with_own(recv, flat, p, rank)).view(x.shape),
+    )
+
+
+def _reduce_parts(op: str, label: str, group: ProcessGroup, flat: Tensor, sizes: Sequence[int]) -> Handle:
+    """The flat sum over the ranks of this rank's part of `flat`, whose parts are of `sizes`."""
+    p, rank, mine = group.size(), group.rank(), sizes[group.rank()]
+    if flat.is_cuda and not is_deterministic(group) and len(set(sizes)) == 1:
+        out = flat.new_empty(mine)
+        return _launched(
+            op,
+            label,
+            group,
+            lambda: group._reduce_scatter_base(out, flat, dist.ReduceScatterOptions()),
+            lambda: out,
+            (out, flat),
+        )
+    send, send_sizes, trimmed = _trim(flat, sizes, rank)
+    recv = flat.new_empty((p - trimmed) * mine)
+
+    def finish() -> Tensor:
+        own = flat[_own(sizes, rank)]
+        return sum_in_rank_order(_with_own(recv, own, p, rank) if trimmed else recv.view(p, mine).unbind(0))
+
+    recv_sizes = _all_but(rank, mine, p) if trimmed else [mine] * p
+    return exchange(op, label, group, (send, send_sizes), (recv, recv_sizes), finish)
+
+
+def _gather_parts(
+    op: str,
+    label: str,
+    group: ProcessGroup,
+    part: Tensor,
+    sizes: Sequence[int],
+    unpack: Callable[[Tensor], Tensor],
+) -> Handle:
+    """The ranks' flat parts, of `sizes`, one after another, through `unpack`."""
+    p, rank = group.size(), group.rank()
+    out = part.new_empty(sum(sizes))
+    if part.is_cuda and len(set(sizes)) == 1:
+        return _launched(op, label, group, lambda: group._allgather_base(out, part), lambda: unpack(out), (out, part))
+    recv, recv_sizes, trimmed = _trim(out, sizes, rank)
+    copies = p - trimmed
+    send_sizes = _all_but(rank, part.numel(), p) if trimmed else [part.numel()] * p
+    send = part if copies == 1 else part.repeat(copies)
+    handle = exchange(op, label, group, (send, send_sizes), (recv, recv_sizes), lambda: unpack(out))
+    if trimmed:
+        out[_own(sizes, rank)] = part  # while the others' parts are under way
+    return handle
+
+
+def _trim(buffer: Tensor, sizes: Sequence[int], rank: int) -> tuple[Tensor, list[int], bool]:
+    """`buffer` and its sizes without the part of this rank, and whether it could be left out: only at an end."""
+    rest = list(sizes)
+    if 0 < rank < len(sizes) - 1:
+        return buffer, rest, False
+    rest[rank] = 0
+    return (buffer[sizes[0] :] if rank == 0 else buffer[: sum(rest)]), rest, True
+
+
+def _own(sizes: Sequence[int], rank: int) -> slice:
+    start = sum(sizes[:rank])
+    return slice(start, start + sizes[rank])
+
+
+def _with_own(others: Tensor, own: Tensor, p: int, rank: int) -> list[Tensor]:
+    """The p parts in rank order, of which `others` holds all but this rank's."""
+    parts = list(others.view(p - 1, own.numel()).unbind(0))
+    parts.insert(rank, own)
+    return parts
+
+
+def _all_but(rank: int, size: int, p: int) -> list[int]:
+    sizes = [size] * p
+    sizes[rank] = 0
+    return sizes
+
+
+def _only(rank: int, size: int, p: int) -> list[int]:
+    sizes = [0] * p
+    sizes[rank] = size
+    return sizes
+
+
+def _dim(x: Tensor, dim: int) -> int:
+    if not -x.ndim <= dim < x.ndim:
+        raise ValueError(f"`dim` must be a dimension of `x` (ndim {x.ndim}), got {dim}")
+    return dim % x.ndim
+
+
+def _sizes(sizes: Sequence[int], name: str, group: ProcessGroup) -> Sequence[int]:
+    if len(sizes) != group.size() or min(sizes) < 0:
+        raise ValueError(f"`{name}` must be one size >= 0 for each rank of {describe(group)}, got {tuple(sizes)}")
+    return sizes
+
+
+def _check_rows(actual: int, wanted: int, name: str, bound: str) -> None:
+    if actual != wanted:
+        raise ValueError(f"`{name}` must be {bound} ({wanted}), got {actual}")
+
+
+def _check_rank(rank: int, name: str, group: ProcessGroup) -> None:
+    if not 0 <= rank < group.size():
+        raise ValueError(f"`{name}` must be a rank of the group (below {group.size()}), got {rank}")

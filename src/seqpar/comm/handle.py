@@ -1,0 +1,139 @@
+"""Collectives in flight.
+
+A handle owns every tensor that the collective touches. It lets go of them in `wait`, after two things are ordered
+behind the collective: the stream that waits, and the stream that launched it. The second is where the tensors were
+allocated: the caching allocator hands their memory to that stream's next request as soon as they are dropped, also
+when another stream did the waiting. `Tensor.record_stream` at launch lost: such a block stays unusable until the
+allocator polls an event, so memory grows with the collectives in flight; here it serves the rare second stream only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup, Work
+
+from seqpar.comm.stream import CPU_STREAM, CPUStream, current_stream, hold_for, use_stream
+
+__all__ = ["CommError", "Handle", "Mark", "describe", "failure"]
+
+
+class CommError(RuntimeError):
+    """A collective failed: another rank died, raised, or did not come within the timeout."""
+
+
+def describe(group: ProcessGroup) -> str:
+    """A group for people: its description and its global ranks."""
+    ranks = ", ".join(map(str, dist.get_process_group_ranks(group)))
+    return f"group `{group.group_desc}` (ranks {ranks})"
+
+
+def failure(op: str, label: str, group: ProcessGroup, error: RuntimeError) -> CommError:
+    """The error that names the collective, the layer and the group."""
+    where = f" of `{label}`" if label else ""
+    return CommError(
+        f"`{op}`{where} on rank {group.rank()} of {describe(group)} failed; a rank died, raised, or was later than "
+        f"the timeout: {error}"
+    )
+
+
+class Mark:
+    """A point that a program passes, such as its append to the KV cache of a layer; nothing is in flight."""
+
+    __slots__ = ("layer",)
+
+    def __init__(self, layer: int) -> None:
+        self.layer = layer
+
+    def wait(self) -> None:
+        """Return at once."""
+
+    def __repr__(self) -> str:
+        return f"Mark({self.layer})"
+
+
+class Handle:
+    """A collective in flight; `wait` gives its result.
+
+    Args:
+        op: name of the collective.
+        label: who asked for it (the layer).
+        group: its ranks.
+        works: what the backend has in flight.
+        finish: makes the result out of the received buffers; runs once, in `wait`.
+        buffers: every tensor in flight, for the allocator.
+    """
+
+    __slots__ = ("_buffers", "_finish", "_result", "_stream", "_works", "group", "label", "op")
+
+    def __init__(
+        self,
+        op: str,
+        label: str,
+        group: ProcessGroup,
+        works: Sequence[Work],
+        finish: Callable[[], Tensor],
+        buffers: Sequence[Tensor],
+    ) -> None:
+        self.op = op
+        self.label = label
+        self.group = group
+        self._works = works
+        self._finish: Callable[[], Tensor] | None = finish
+        self._buffers = buffers
+        self._result: Tensor | None = None
+        self._stream = current_stream(buffers[0].device) if buffers else CPU_STREAM
+
+    @classmethod
+    def finished(cls, op: str, label: str, group: ProcessGroup, result: Tensor) -> Handle:
+        """The handle of a collective that had nothing to do."""
+        return cls(op, label, group, (), lambda: result, ())
+
+    def then(self, finish: Callable[[Tensor], Tensor]) -> Handle:
+        """This handle, whose result will be `finish` of what it was."""
+        inner = self._finish
+        assert inner is not None, "`then` comes before `wait`"
+        self._finish = lambda: finish(inner())
+        return self
+
+    def done(self) -> bool:
+        """Whether `wait` would return without blocking the host (on CUDA: without blocking the stream)."""
+        return all(work.is_completed() for work in self._works)
+
+    def wait(self) -> Tensor:
+        """The result; the current stream is ordered after the collective. Later calls return the same tensor.
+
+        Raises:
+            CommError: the collective failed.
+        """
+        if self._finish is not None:
+            self._join()
+            self._result = self._finish()
+            self._release()
+        assert self._result is not None
+        return self._result
+
+    def _join(self) -> None:
+        try:
+            for work in self._works:
+                work.wait()
+        except RuntimeError as error:
+            raise failure(self.op, self.label, self.group, error) from error
+
+    def _release(self) -> None:
+        """Let go of the tensors, allocated on `self._stream`, once no stream can touch them any more."""
+        if not isinstance(self._stream, CPUStream):
+            here = current_stream(self._buffers[0].device)
+            if here != self._stream:
+                with use_stream(self._stream):  # [A] the allocating stream, too, is ordered after the collective,
+                    self._join()
+                hold_for(here, self._buffers)  # [B] and its memory outlives what `_finish` read and wrote here.
+                if self._result is not None:
+                    hold_for(here, (self._result,))
+        self._works, self._buffers, self._finish = (), (), None
+
+    def __repr__(self) -> str:
+        state = "done" if self._finish is None else "in flight"
+        return f"Handle({self.op}, {self.label!r}, {state})"

@@ -1,0 +1,157 @@
+"""Meshes of ranks, and the groups that layers take.
+
+Ranks of a `tp` x `sp` mesh are numbered with the sequence axis fastest, as `seqpar.partition` numbers the flat map.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
+
+from seqpar.partition import Layout
+
+__all__ = ["Groups", "groups", "init_mesh", "is_deterministic"]
+
+AXES = ("tp", "sp")
+FLAT = "tp_sp"
+_DETERMINISTIC = " deterministic"
+
+
+class Groups(NamedTuple):
+    """The process groups of a mesh for this rank.
+
+    Attributes:
+        layout: sizes of the axes.
+        tp: ranks with the same sequence rank.
+        sp: ranks with the same tensor-parallel rank; their rank order is sequence order.
+        flat: all ranks, numbered `tp_rank * layout.sp + sp_rank`.
+    """
+
+    layout: Layout
+    tp: ProcessGroup
+    sp: ProcessGroup
+    flat: ProcessGroup
+
+
+def init_mesh(
+    tp: int | None = None,
+    sp: int | None = None,
+    device: str | None = None,
+    *,
+    mesh: DeviceMesh | None = None,
+    deterministic: bool = False,
+    timeout_s: float = 300.0,
+) -> DeviceMesh:
+    """A mesh with the axes "tp" and "sp", sequence axis fastest; every rank calls it with the same arguments.
+
+    Starts the default process group where there is none: from the environment that torchrun sets (gloo on CPU, NCCL
+    on CUDA), or of this one process alone. Where the world is a multiple of tp * sp, consecutive ranks form one
+    replica each, and each rank gets its own replica's mesh.
+
+    Args:
+        tp: number of tensor-parallel ranks, default 1.
+        sp: number of sequence-parallel ranks, default 1.
+        device: "cpu" or "cuda"; default is "cuda" where there is one.
+        mesh: take this mesh, or this slice of one, with its own groups, instead of making one.
+        deterministic: reductions of the groups of this mesh are float32 sums in rank order, rounded once.
+        timeout_s: how long a collective of this mesh may wait for its slowest rank; with `mesh=` that is its own.
+
+    Raises:
+        ValueError: the mesh does not fit into the world, or `mesh` has other axes.
+    """
+    if mesh is None:
+        mesh = _make_mesh(Layout(1 if tp is None else tp, 1 if sp is None else sp), device, timeout_s)
+    elif (tp, sp, device) != (None, None, None):
+        raise ValueError("`mesh` must come alone, got `tp`, `sp` or `device` with it; leave them out")
+    for group in groups(mesh)[1:]:
+        mark_deterministic(group, deterministic)
+    return mesh
+
+
+def groups(mesh: DeviceMesh) -> Groups:
+    """The groups of a mesh with the axes "tp" and "sp"; the first call for a mesh of the user's own is collective.
+
+    Raises:
+        ValueError: `mesh` has other axes, or its order is not sequence axis fastest.
+    """
+    if mesh.mesh_dim_names != AXES:
+        raise ValueError(
+            f'`mesh` must have the axes ("tp", "sp"), got {mesh.mesh_dim_names}; pass the slice mesh["tp", "sp"]'
+        )
+    flat = mesh._flatten(FLAT).get_group()
+    if dist.get_process_group_ranks(flat) != mesh.mesh.flatten().tolist():
+        raise ValueError(f"ranks of `mesh` must increase along its axes, got {mesh.mesh.tolist()}")
+    layout = Layout(mesh.size(0), mesh.size(1))
+    return Groups(layout, mesh.get_group("tp"), mesh.get_group("sp"), flat)
+
+
+def is_deterministic(group: ProcessGroup) -> bool:
+    """Whether reductions over `group` are float32 sums in rank order, rounded once."""
+    return group.group_desc.endswith(_DETERMINISTIC)
+
+
+def mark_deterministic(group: ProcessGroup, deterministic: bool) -> None:
+    """Set what `is_deterministic` reads: the description is all that a process group can carry."""
+    group._set_group_desc(group.group_desc.removesuffix(_DETERMINISTIC) + _DETERMINISTIC * deterministic)
+
+
+def _make_mesh(layout: Layout, device: str | None, timeout_s: float) -> DeviceMesh:
+    layout.check()
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f'`device` must be "cpu" or "cuda", got "{device}"')
+    timeout = timedelta(seconds=timeout_s)
+    _start(device, timeout)
+    world, rank = dist.get_world_size(), dist.get_rank()
+    if world % layout.size:
+        raise ValueError(
+            f"`tp` * `sp` must divide the number of ranks ({world}), got {layout.tp} * {layout.sp} = {layout.size}; "
+            f"start {layout.size} ranks, such as with `torchrun --nproc-per-node {layout.size}`"
+        )
+    grids = torch.arange(world).view(-1, layout.tp, layout.sp)  # [replica, tp, sp]
+    made: dict[tuple[int, ...], object] = {}
+    mine = [
+        _own_group(name, rows.reshape(-1, rows.shape[-1]).tolist(), rank, timeout, made)
+        for name, rows in (("tp", grids.transpose(1, 2)), ("sp", grids), ("flat", grids.flatten(1)))
+    ]
+    grid = grids[rank // layout.size]
+    mesh = DeviceMesh.from_group(mine[:2], device, mesh=grid, mesh_dim_names=AXES)
+    # `_flatten` would make a group with the default timeout, or take the world's; it finds this one instead.
+    flat = DeviceMesh.from_group(mine[2], device, mesh=grid.flatten(), mesh_dim_names=(FLAT,))
+    mesh._flatten_mapping[FLAT] = flat
+    return mesh
+
+
+def _own_group(
+    name: str, rows: Sequence[Sequence[int]], rank: int, timeout: timedelta, made: dict[tuple[int, ...], object]
+) -> ProcessGroup:
+    """Make one group for each row of ranks, unless an earlier axis has made it; the one of this rank."""
+    mine: object = None
+    for ranks in map(tuple, rows):
+        if ranks not in made:  # every rank of the world makes every group, also those that it is not in
+            made[ranks] = dist.new_group(list(ranks), timeout=timeout, group_desc=name)
+        if rank in ranks:
+            mine = made[ranks]
+    assert isinstance(mine, ProcessGroup)
+    return mine
+
+
+def _start(device: str, timeout: timedelta) -> None:
+    """Start the default process group, unless the caller has."""
+    if dist.is_initialized():
+        return
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)

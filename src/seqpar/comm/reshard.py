@@ -1,0 +1,200 @@
+"""Resharding between tokens and heads: the two all-to-alls around Ulysses attention.
+
+`seq_to_heads` sends column blocks of a token-sharded matrix, `heads_to_seq` sends them back. They are one pair of
+adjoint maps over one plan: rank d gets the columns `columns[d]`, which may overlap (a KV head that several ranks need
+is copied in the send buffer, and its gradients are summed on the way back). q, k and v travel together, so this is one
+collective where DeepSpeed's attention makes three; KV heads fewer than ranks need no second one to replicate them.
+
+The rows of the tall matrix [T, c] lie in rank order of their owners, so the received (or, on the way back, the sent)
+buffer is that matrix: only the wide side [T_r, C] is ever packed, with one transposing copy where the blocks are equal.
+
+Source: DeepSpeed-Ulysses, arXiv:2309.14509; replication in the send buffer: Shift Parallelism, arXiv:2509.16495.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+
+import torch
+from jaxtyping import Shaped
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from seqpar.comm.collectives import exchange
+from seqpar.comm.differentiable import _back, _plain, with_adjoint
+from seqpar.comm.handle import describe
+from seqpar.comm.record import count
+from seqpar.comm.steps import Steps
+from seqpar.partition import Range
+
+__all__ = ["heads_to_seq", "heads_to_seq_steps", "seq_to_heads", "seq_to_heads_steps"]
+
+
+@dataclass(frozen=True)
+class Reshard:
+    """Which columns of a [T_r, width] matrix each rank gets, and how many rows each rank holds."""
+
+    columns: tuple[tuple[Range, ...], ...]
+    tokens: tuple[int, ...]
+    width: int
+
+    @cached_property
+    def widths(self) -> tuple[int, ...]:
+        return tuple(sum(r.size for r in ranges) for ranges in self.columns)
+
+    @cached_property
+    def tiles(self) -> bool:
+        """Whether the columns of the ranks, one after another, are all columns once and in order."""
+        ranges = [r for ranges in self.columns for r in ranges if r.size]
+        starts = [0, *(r.stop for r in ranges)]
+        return starts == [*(r.start for r in ranges), self.width]
+
+    def wide_sizes(self, rank: int) -> list[int]:
+        """Elements that rank `rank` exchanges with each rank on its wide side."""
+        return [self.tokens[rank] * width for width in self.widths]
+
+    def tall_sizes(self, rank: int) -> list[int]:
+        """Elements that rank `rank` exchanges with each rank on its tall side."""
+        return [tokens * self.widths[rank] for tokens in self.tokens]
+
+    def pack(self, x: Tensor) -> Tensor:
+        """The columns of each rank as one block after another, flat."""
+        if self.tiles and len(set(self.widths)) == 1:
+            return x.view(len(x), len(self.widths), self.widths[0]).transpose(0, 1).contiguous().view(-1)
+        blocks = x.new_empty(len(x) * sum(self.widths))
+        for block, ranges in zip(self._blocks(blocks, len(x)), self.columns, strict=True):
+            at = 0
+            for r in ranges:
+                block[:, at : at + r.size] = x[:, r.start : r.stop]
+                at += r.size
+        return blocks
+
+    def unpack(self, flat: Tensor, rows: int) -> Tensor:
+        """The adjoint of `pack`: every block back at its columns, summed where they overlap."""
+        if self.tiles:
+            if len(set(self.widths)) == 1:
+                return flat.view(len(self.widths), rows, self.widths[0]).transpose(0, 1).reshape(rows, self.width)
+            return torch.cat(self._blocks(flat, rows), 1)
+        wide = torch.promote_types(flat.dtype, torch.float32) if flat.is_floating_point() else flat.dtype
+        x = flat.new_zeros(rows, self.width, dtype=wide)
+        for block, ranges in zip(self._blocks(flat, rows), self.columns, strict=True):
+            at = 0
+            for r in ranges:
+                x[:, r.start : r.stop] += block[:, at : at + r.size]
+                at += r.size
+        return x.to(flat.dtype)
+
+    def _blocks(self, flat: Tensor, rows: int) -> list[Tensor]:
+        parts = flat.split([rows * width for width in self.widths])
+        return [part.view(rows, width) for part, width in zip(parts, self.widths, strict=True)]
+
+
+def seq_to_heads_steps(
+    x: Shaped[Tensor, "t_local c"],
+    *,
+    columns: Sequence[Sequence[Range]],
+    tokens: Sequence[int],
+    group: ProcessGroup,
+    label: str = "",
+) -> Steps[Tensor]:
+    """Reshard a token-sharded matrix by columns (heads), in one all-to-all.
+
+    In:    x[T_r, C]; rank order is sequence order; rank r holds `tokens[r]` rows.
+    Out:   [T, c]; the column ranges `columns[rank]` of all rows, one after another.
+    Grad:  sharded as the output; sent back, summed over the ranks that share columns.
+    Comm:  each rank sends T_r * (sum of the others' widths) elements.
+
+    Raises:
+        ValueError: `columns`, `tokens` or `x` do not fit.
+
+    Source: DeepSpeed-Ulysses, arXiv:2309.14509.
+    """
+    plan = Reshard(tuple(tuple(Range(*r) for r in ranges) for ranges in columns), tuple(tokens), x.shape[1])
+    _check(plan, x, plan.tokens[group.rank()], plan.width, group)
+    return (yield from _to_heads_steps(x, plan=plan, group=group, label=label))
+
+
+def heads_to_seq_steps(
+    x: Shaped[Tensor, "t c"],
+    *,
+    widths: Sequence[int],
+    tokens: Sequence[int],
+    group: ProcessGroup,
+    label: str = "",
+) -> Steps[Tensor]:
+    """Reshard a column-sharded (head-sharded) matrix by tokens, in one all-to-all.
+
+    In:    x[T, c]; rank r holds `widths[r]` columns.
+    Out:   [T_r, C]; all columns in rank order of `tokens[rank]` rows; rank order is sequence order.
+    Grad:  `seq_to_heads` of the output gradient.
+    Comm:  each rank sends (T - T_r) * c elements.
+
+    Raises:
+        ValueError: `widths`, `tokens` or `x` do not fit.
+
+    Source: DeepSpeed-Ulysses, arXiv:2309.14509.
+    """
+    ends = [sum(widths[: i + 1]) for i in range(len(widths))]
+    columns = tuple((Range(end - width, end),) for width, end in zip(widths, ends, strict=True))
+    plan = Reshard(columns, tuple(tokens), sum(widths))
+    _check(plan, x, sum(plan.tokens), plan.widths[group.rank()], group)
+    return (yield from _to_seq_steps(x, plan=plan, group=group, label=label))
+
+
+def _to_heads_steps(x: Tensor, *, plan: Reshard, group: ProcessGroup, label: str) -> Steps[Tensor]:
+    if group.size() == 1:
+        return _select(x, plan)
+    rank, wide = group.rank(), x.detach()
+    packed = plan.pack(wide)
+    recv = packed.new_empty(sum(plan.tokens), plan.widths[rank])
+    sizes = plan.wide_sizes(rank)
+    count("all_to_all", label, (packed.numel() - sizes[rank]) * packed.itemsize)
+    result = yield exchange(
+        "all_to_all", label, group, (packed, sizes), (recv.view(-1), plan.tall_sizes(rank)), lambda: recv
+    )
+    return with_adjoint(x, result, partial(_to_seq, plan=plan, group=group, label=_back(label)))
+
+
+def _to_seq_steps(x: Tensor, *, plan: Reshard, group: ProcessGroup, label: str) -> Steps[Tensor]:
+    if group.size() == 1:
+        return x
+    rank, tall = group.rank(), x.detach().contiguous().view(-1)
+    rows = plan.tokens[rank]
+    recv = tall.new_empty(rows * sum(plan.widths))
+    sizes = plan.tall_sizes(rank)
+    count("all_to_all", label, (tall.numel() - sizes[rank]) * tall.itemsize)
+    result = yield exchange(
+        "all_to_all", label, group, (tall, sizes), (recv, plan.wide_sizes(rank)), lambda: plan.unpack(recv, rows)
+    )
+    return with_adjoint(x, result, partial(_to_heads, plan=plan, group=group, label=_back(label)))
+
+
+def _select(x: Tensor, plan: Reshard) -> Tensor:
+    """The columns of the only rank, which are `x` itself where they are all, in order."""
+    if plan.tiles:
+        return x
+    return torch.cat([x[:, r.start : r.stop] for r in plan.columns[0]], 1)
+
+
+def _check(plan: Reshard, x: Tensor, rows: int, width: int, group: ProcessGroup) -> None:
+    p = group.size()
+    if len(plan.columns) != p or len(plan.tokens) != p:
+        raise ValueError(
+            f"columns and `tokens` must have an entry for each rank of {describe(group)}, "
+            f"got {len(plan.columns)} and {len(plan.tokens)}"
+        )
+    if tuple(x.shape) != (rows, width):
+        raise ValueError(
+            f"`x` must be [{rows}, {width}] on rank {group.rank()} of {describe(group)}, got {list(x.shape)}"
+        )
+    ranges = [r for ranges in plan.columns for r in ranges]
+    if any(not 0 <= r.start <= r.stop <= plan.width for r in ranges):
+        raise ValueError(f"`columns` must lie within the columns of `x` ({plan.width}), got {plan.columns}")
+
+
+_to_heads = _plain(_to_heads_steps)
+_to_seq = _plain(_to_seq_steps)
+seq_to_heads = _plain(seq_to_heads_steps)
+heads_to_seq = _plain(heads_to_seq_steps)

@@ -1,0 +1,73 @@
+"""Layers as programs of steps, and the serial schedule.
+
+A layer that communicates is a generator: local work between yields, at each yield a `Handle` just launched; whoever
+drives it sends back the finished tensor. A schedule is a function that drives one or several such programs. Callbacks
+lost (the order of a layer's work is no longer the order of its lines), and so did a thread or a stream for each program
+(collective order would depend on timing).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from typing import Any, TypeAlias, TypeVar
+
+from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from seqpar.comm.handle import Handle, Mark
+
+__all__ = ["Steps", "call", "run", "splits"]
+
+T = TypeVar("T")
+Steps: TypeAlias = Generator[Handle | Mark, Any, T]
+
+
+def run(steps: Steps[T]) -> T:
+    """Drive one program, waiting at once for everything that it launches: the serial schedule."""
+    value = None
+    try:
+        while True:
+            value = steps.send(value).wait()
+    except StopIteration as stop:
+        result: T = stop.value
+        return result
+
+
+def call(child: Callable[..., Any], *args: Any, **kwargs: Any) -> Steps[Any]:
+    """Call a child of a layer, joining its steps where it has steps that nothing wraps.
+
+    Out: what `child(*args, **kwargs)` returns.
+
+    A child with hooks, with a replaced `forward`, a compiled one, or one whose class wraps `__call__` is called as a
+    whole, so hooks, PEFT wrappers and FSDP keep working; its collectives are then waited for inside.
+    """
+    if splits(child):
+        return (yield from child.steps(*args, **kwargs))  # type: ignore[attr-defined]
+    return child(*args, **kwargs)
+
+
+def splits(child: object) -> bool:
+    """Whether `call` joins the steps of `child` instead of calling it as a whole."""
+    return isinstance(child, nn.Module) and _defines_steps(type(child)) and not _is_wrapped(child)
+
+
+def _defines_steps(cls: type) -> bool:
+    """Whether the `forward` of `cls` is its `steps`: no class nearer than the one with `steps` overrides it."""
+    for base in cls.__mro__:
+        if "steps" in base.__dict__:
+            return cls.__call__ is nn.Module.__call__
+        if "forward" in base.__dict__:
+            return False
+    return False
+
+
+def _is_wrapped(child: nn.Module) -> bool:
+    return bool(
+        child._forward_hooks
+        or child._forward_pre_hooks
+        or child._backward_hooks
+        or child._backward_pre_hooks
+        or "forward" in child.__dict__
+        or child._compiled_call_impl is not None
+        or _has_any_global_hook()
+    )

@@ -1,0 +1,50 @@
+"""Streams without asking for a device: on a CPU they are `CPU_STREAM`, and every operation on it is a no-op.
+
+So code that orders work on streams is one path, and its logic runs on a laptop.
+
+Source: torchgpipe, arXiv:2004.09910, `torchgpipe/stream.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+__all__ = ["CPU_STREAM", "CPUStream", "Stream", "current_stream", "hold_for", "use_stream", "wait_stream"]
+
+
+class CPUStream:
+    """The one stream of a CPU: work on it is done when the call returns."""
+
+    def __repr__(self) -> str:
+        return "CPUStream()"
+
+
+CPU_STREAM = CPUStream()
+Stream = torch.cuda.Stream | CPUStream
+
+
+def current_stream(device: torch.device) -> Stream:
+    """The stream on which work for `device` is issued now."""
+    return torch.cuda.current_stream(device) if device.type == "cuda" else CPU_STREAM
+
+
+def use_stream(stream: Stream) -> AbstractContextManager[object]:
+    """A context in which `stream` is the current one."""
+    return nullcontext() if isinstance(stream, CPUStream) else torch.cuda.stream(stream)
+
+
+def wait_stream(waiter: Stream, signaller: Stream) -> None:
+    """Order all later work of `waiter` after all present work of `signaller`."""
+    if not isinstance(waiter, CPUStream) and not isinstance(signaller, CPUStream):
+        waiter.wait_stream(signaller)
+
+
+def hold_for(stream: Stream, tensors: Iterable[Tensor]) -> None:
+    """Keep the memory of `tensors`, allocated on another stream, until the present work of `stream` is done."""
+    if not isinstance(stream, CPUStream):
+        for tensor in tensors:
+            tensor.record_stream(stream)

@@ -1,0 +1,20 @@
+"""Set-up of every test process; ranks repeat it (`tests/ranks.py`)."""
+
+import os
+
+# Triton decides at its import whether it interprets or compiles; torch may import it.
+os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import pytest
+import torch
+
+from tests import ranks
+
+ranks.poison()
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _stop_pools():
+    yield
+    ranks.stop_pools()

@@ -1,0 +1,18 @@
+"""What the forkserver imports once, so that a rank starts in milliseconds."""
+
+import contextlib
+
+import jaxtyping
+
+jaxtyping.install_import_hook("seqpar", "beartype.beartype")
+
+import pytest  # noqa: E402, F401
+import torch.distributed.tensor  # noqa: E402, F401
+
+import seqpar.comm  # noqa: E402, F401
+
+with contextlib.suppress(ImportError):
+    import transformers.models.llama.modeling_llama
+    import transformers.models.mistral.modeling_mistral
+    import transformers.models.qwen2.modeling_qwen2
+    import transformers.models.qwen3.modeling_qwen3  # noqa: F401
