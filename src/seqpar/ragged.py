@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import accumulate, takewhile
+from itertools import accumulate, pairwise, takewhile
 from typing import Any
 
 import torch
@@ -141,12 +141,12 @@ class RaggedBatch:
         return (0, *accumulate(self.kv_lens))
 
     @cached_property
-    def cu_q(self) -> Int32[Tensor, " n+1"]:
+    def cu_q(self) -> Int32[Tensor, " starts"]:
         """`q_starts` on the device."""
         return torch.tensor(self.q_starts, dtype=torch.int32, device=self.device)
 
     @cached_property
-    def cu_kv(self) -> Int32[Tensor, " n+1"]:
+    def cu_kv(self) -> Int32[Tensor, " starts"]:
         """`kv_starts` on the device."""
         return torch.tensor(self.kv_starts, dtype=torch.int32, device=self.device)
 
@@ -173,7 +173,22 @@ class RaggedBatch:
         slots = self.slots.tolist()
         cuts = [row for row in range(1, len(slots)) if slots[row] != slots[row - 1] + 1]
         bounds = [0, *cuts, len(slots)] if slots else []
-        return tuple((a, slots[a], b - a) for a, b in zip(bounds, bounds[1:], strict=False))
+        return tuple((a, slots[a], b - a) for a, b in pairwise(bounds))
+
+    @cached_property
+    def without_cache(self) -> RaggedBatch:
+        """The same new tokens as a batch of their own, whose keys are given rather than paged.
+
+        Raises:
+            ValueError: a request has keys in the cache that the new tokens would no longer see.
+        """
+        if self.kv_lens != self.q_lens:
+            raise ValueError(
+                f"`kv_lens` must equal `q_lens` ({self.q_lens}) to leave the cache out, got {self.kv_lens}"
+            )
+        if not self.has_cache:
+            return self
+        return replace(self, slots=self.slots[:0], page_table=self.page_table[:, :0], page_size=0)
 
     @cached_property
     def plans(self) -> dict[Hashable, Any]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+from torch import Tensor
 
-__all__ = ["Backend", "choose_backend"]
+__all__ = ["Backend", "choose_backend", "unknown_backend", "wants_grad"]
 
 Backend = Literal["auto", "torch", "reference"]
 
@@ -19,6 +20,11 @@ def choose_backend(op: str, device: torch.device, dtype: torch.dtype) -> Literal
     if op == "attention" and device.type == "cuda" and dtype == torch.float64:
         return "reference"
     return "torch"
+
+
+def wants_grad(*tensors: Tensor) -> bool:
+    """Whether autograd records what is done with these."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 def unknown_backend(backend: str) -> ValueError:

@@ -204,7 +204,7 @@ class PagedKV:
             ValueError: a value is not held, or the copies do not fit; then nothing has changed.
         """
         before = {old: self._get(old) for old in sources.values()}
-        owner = {old: old if sources.get(old, old) == old else new for new, old in reversed(sources.items())}
+        owner = {old: old if sources.get(old, old) == old else new for new, old in sources.items()}
         copied = [new for new, old in sources.items() if owner[old] != new]
         released = [p for new in sources if new in self and new not in owner for p in self._requests[new].pages]
         wanted = sum(self._pages_for(before[sources[new]].length) for new in copied)

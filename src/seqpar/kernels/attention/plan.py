@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import NamedTuple
 
 from seqpar.ragged import RaggedBatch
@@ -27,7 +27,7 @@ class Group(NamedTuple):
     """
 
     row: int
-    count: int
+    requests: int
     q_len: int
     prefix: int
     start: int
@@ -81,26 +81,26 @@ def _requests(batch: RaggedBatch, window: int | None) -> Iterator[Group]:
         if new == 0:
             continue
         hidden = max(0, keys - new + 1 - (window or keys))
-        group = Group(batch.q_starts[request], 1, new, keys - new - hidden, 0, 0)
-        yield group._replace(**_locate(batch, request, hidden))
+        start, pages = _locate(batch, request, hidden)
+        yield Group(batch.q_starts[request], 1, new, keys - new - hidden, start, 0, pages)
 
 
-def _locate(batch: RaggedBatch, request: int, first: int) -> dict[str, int | tuple[int, ...]]:
-    """Where a request's keys lie, from key `first` on."""
+def _locate(batch: RaggedBatch, request: int, first: int) -> tuple[int, tuple[int, ...]]:
+    """Where a request's keys lie from key `first` on: an address, and the pages to gather unless adjacent."""
     if not batch.has_cache:
-        return {"start": batch.kv_starts[request] + first}
+        return batch.kv_starts[request] + first, ()
     skipped, offset = divmod(first, batch.page_size)
     pages = batch.pages[request][skipped:]
-    if all(b == a + 1 for a, b in zip(pages, pages[1:], strict=False)):
-        return {"start": pages[0] * batch.page_size + offset}
-    return {"start": offset, "pages": pages}
+    if all(b == a + 1 for a, b in pairwise(pages)):
+        return pages[0] * batch.page_size + offset, ()
+    return offset, pages
 
 
 def _join(group: Group, item: Group) -> Group | None:
     """`group` with one more request, when that one has its shape and keeps its spacing."""
-    stride = (item.start - group.start) // group.count
+    stride = (item.start - group.start) // group.requests
     alike = (item.q_len, item.prefix) == (group.q_len, group.prefix) and not (item.pages or group.pages)
-    even = stride >= 0 and item.start == group.start + group.count * stride and group.stride in (stride, 0)
-    if not alike or not even or (group.count > 1 and group.stride != stride):
+    even = stride >= 0 and item.start == group.start + group.requests * stride and group.stride in (stride, 0)
+    if not alike or not even or (group.requests > 1 and group.stride != stride):
         return None
-    return group._replace(count=group.count + 1, stride=stride)
+    return group._replace(requests=group.requests + 1, stride=stride)

@@ -1,4 +1,4 @@
-"""Attention on CUDA in half precision: PyTorch's own FlashAttention over ragged or paged keys, one call per head run."""
+"""Attention on CUDA in half precision: PyTorch's FlashAttention over ragged or paged keys, one call per head run."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ def attention(
     softmax_scale: float,
     window: int | None,
     kv_head_of: tuple[int, ...],
-    paged: bool,
+    in_place: bool,
 ) -> tuple[Float[Tensor, "t h d"], Float[Tensor, "t h"]]:
-    """Causal attention; `paged` allows reading pages in place, which has no gradient."""
+    """Causal attention; `in_place` allows reading pages where they lie, which has no gradient."""
     from torch.nn.attention.varlen import AuxRequest, varlen_attn
 
-    options = {}
-    if batch.has_cache and paged and batch.page_size % PAGE_MULTIPLE == 0:
-        options = {"block_table": batch.page_table, "seqused_k": batch.cu_kv.diff()}
+    block_table = seqused = None
+    if batch.has_cache and in_place and batch.page_size % PAGE_MULTIPLE == 0:
+        block_table, seqused = batch.page_table, batch.cu_kv.diff()
     elif batch.has_cache:
         addresses = _addresses(batch)
         k, v = (x.flatten(0, 1)[addresses] for x in (k, v))
@@ -54,7 +54,8 @@ def attention(
             scale=softmax_scale,
             window_size=(-1 if window is None else window - 1, 0),
             enable_gqa=True,
-            **options,
+            seqused_k=seqused,
+            block_table=block_table,
         )
         outs.append(out)
         lses.append(lse.transpose(0, 1))  # the operator gives [h, t]

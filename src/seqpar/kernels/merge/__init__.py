@@ -24,7 +24,8 @@ def merge(
 
     In:    n partials, stacked or in a sequence: outs[T, H, D], lses[T, H] in natural log, float32 or float64.
            A partial that saw no key is (0, -inf).
-    Out:   out[T, H, D] in the dtype of `outs`, computed in that of `lses`; lse[T, H]. (0, -inf) where no partial saw a key.
+    Out:   out[T, H, D] in the dtype of `outs`, computed in that of `lses`; lse[T, H]. (0, -inf) where no partial saw
+           a key.
     Grad:  to all partials, through both results.
 
     Raises:

@@ -8,13 +8,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from seqpar.kernels.dispatch import wants_grad
+from seqpar.kernels.merge import reference
+
 __all__ = ["merge"]
 
 
 def merge(
     outs: Sequence[Float[Tensor, "*rows d"]], lses: Sequence[Float[Tensor, "*rows"]]
 ) -> tuple[Float[Tensor, "*rows d"], Float[Tensor, "*rows"]]:
-    """`seqpar.kernels.merge.reference` with its stack of partials never built."""
+    """`seqpar.kernels.merge.reference` with its stack of partials never built; with gradients, that itself."""
+    if wants_grad(*outs, *lses):
+        return reference.merge(outs, lses)
     lse = lses[0]
     for other in lses[1:]:
         lse = torch.logaddexp(lse, other)

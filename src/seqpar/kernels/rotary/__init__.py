@@ -21,7 +21,7 @@ def rotary(
 ) -> Float[Tensor, "t h d"]:
     """Turn queries or keys by their positions, dims i and i + r / 2 of a head being one pair (Llama's layout).
 
-    In:    x[T, H, D], any strides; cos, sin [T, r] from `rope_table`, r even and at most D. Dims from r on pass through.
+    In:    x[T, H, D], any strides; cos, sin [T, r] from `rope_table`, r even, at most D. Dims from r on pass through.
     Out:   [T, H, D], contiguous; x is not written.
     Grad:  to x, cos and sin.
 

@@ -82,13 +82,14 @@ class RopeConfig:
         Raises:
             ValueError: a parameter that is not known here.
         """
-        given = {name: value for name, value in parameters.items() if value is not None}
+        given: dict[str, Any] = {name: value for name, value in parameters.items() if value is not None}
         given.setdefault("rope_type", given.pop("type", "default"))
         unknown = given.keys() - {field.name for field in fields(cls)}
         if unknown:
             raise ValueError(f"`parameters` must be rope parameters known here, got {', '.join(sorted(unknown))}")
-        lists = {name: tuple(given[name]) for name in ("short_factor", "long_factor") if name in given}
-        return cls(**{"head_dim": head_dim, "max_position_embeddings": max_position_embeddings, **given, **lists})
+        given.update({name: tuple(given[name]) for name in ("short_factor", "long_factor") if name in given})
+        given.setdefault("max_position_embeddings", max_position_embeddings)
+        return cls(head_dim=head_dim, **given)
 
     @property
     def rotary_dim(self) -> int:
@@ -116,7 +117,7 @@ class RopeConfig:
             return 1.0
         return math.sqrt(1 + math.log(self._stretch) / math.log(self.original_max_position_embeddings))
 
-    def inv_freq(self, seq_len: int | None = None, device: torch.device | str = "cpu") -> Float[Tensor, " r//2"]:
+    def inv_freq(self, seq_len: int | None = None, device: torch.device | str = "cpu") -> Float[Tensor, " pairs"]:
         """Angle per position of each pair, in float32.
 
         Args:
@@ -126,6 +127,7 @@ class RopeConfig:
         exponent = torch.arange(0, self.rotary_dim, 2, dtype=torch.float32, device=device) / self.rotary_dim
         match self.rope_type:
             case "linear":
+                assert self.factor is not None
                 return 1.0 / self.rope_theta**exponent / self.factor
             case "dynamic":
                 return 1.0 / self._dynamic_theta(seq_len) ** exponent
@@ -195,7 +197,7 @@ def rope_table(
     dtype: torch.dtype = torch.float32,
     seq_len: int | None = None,
 ) -> tuple[Float[Tensor, "t r"], Float[Tensor, "t r"]]:
-    """cos and sin of the angles of each position, computed in float32.
+    """Tables, cos and sin, of the angles of each position, computed in float32.
 
     Args:
         config: How angles grow.

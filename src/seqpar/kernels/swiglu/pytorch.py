@@ -6,25 +6,24 @@ from collections.abc import Sequence
 from itertools import groupby
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
+
+from seqpar.kernels.dispatch import wants_grad
+from seqpar.kernels.swiglu import reference
 
 __all__ = ["swiglu"]
 
 
 def swiglu(gate_up: Float[Tensor, "t c"], blocks: Sequence[int]) -> Float[Tensor, "t c//2"]:
-    """`seqpar.kernels.swiglu.reference`, run by run."""
-    runs = [(size, len(list(same))) for size, same in groupby(blocks)]
-    if len(runs) == 1:
-        return _equal(gate_up, *runs[0])
-    cuts = gate_up.split([2 * size * count for size, count in runs], dim=1)
-    return torch.cat([_equal(cut, *run) for cut, run in zip(cuts, runs, strict=True)], dim=1)
-
-
-def _equal(gate_up: Tensor, size: int, count: int) -> Tensor:
-    """`count` sub-blocks of one size."""
-    gate, up = gate_up.unflatten(1, (count, 2, size)).unbind(2)
-    hidden = F.silu(gate)
-    hidden = hidden * up if hidden.requires_grad else hidden.mul_(up)
-    return hidden.flatten(1)
+    """`seqpar.kernels.swiglu.reference`; with gradients, that itself."""
+    if wants_grad(gate_up):
+        return reference.swiglu(gate_up, blocks)
+    tokens, out, at = len(gate_up), gate_up.new_empty(len(gate_up), sum(blocks)), 0
+    for size, same in groupby(blocks):
+        width = size * len(list(same))
+        gate, up = gate_up.narrow(1, 2 * at, 2 * width).view(tokens, -1, 2, size).unbind(2)
+        hidden = out.narrow(1, at, width).view(tokens, -1, size)
+        torch.ops.aten.silu.out(gate, out=hidden).mul_(up)
+        at += width
+    return out
