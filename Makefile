@@ -68,7 +68,8 @@ $(PEERS_STAMP): $(STAMP)
 	@$(PEERS)/bin/python -c 'import pathlib, sysconfig; \
 	  below = sysconfig.get_path("purelib").replace("$(PEERS)", "$(VENV)"); \
 	  pathlib.Path(sysconfig.get_path("purelib"), "below.pth").write_text(f"import site; site.addsitedir({below!r})\n")'
-	@DS_BUILD_OPS=0 $(call PIP,$(PEERS)) --no-build-isolation '.[peers]'
+	@$(call PIP,$(PEERS)) setuptools wheel
+	@DS_BUILD_OPS=0 $(call PIP,$(PEERS)) --no-build-isolation accelerate deepspeed yunchang
 	@touch $@
 
 clean:  ## remove caches; the environments stay
