@@ -21,9 +21,10 @@ def swiglu(gate_up: Float[Tensor, "t c"], blocks: Sequence[int]) -> Float[Tensor
         return reference.swiglu(gate_up, blocks)
     tokens, out, at = len(gate_up), gate_up.new_empty(len(gate_up), sum(blocks)), 0
     for size, same in groupby(blocks):
-        width = size * len(list(same))
-        gate, up = gate_up.narrow(1, 2 * at, 2 * width).view(tokens, -1, 2, size).unbind(2)
-        hidden = out.narrow(1, at, width).view(tokens, -1, size)
+        count = len(list(same))
+        width = size * count
+        gate, up = gate_up.narrow(1, 2 * at, 2 * width).view(tokens, count, 2, size).unbind(2)
+        hidden = out.narrow(1, at, width).view(tokens, count, size)
         torch.ops.aten.silu.out(gate, out=hidden).mul_(up)
         at += width
     return out
