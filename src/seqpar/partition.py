@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Literal, NamedTuple
 
 __all__ = [
@@ -100,7 +101,7 @@ def even_ranges(total: int, parts: int) -> tuple[Range, ...]:
     """The consecutive ranges whose sizes are `even_split(total, parts)`; token slices are these."""
     base, extra = divmod(total, parts)
     starts = [part * base + min(part, extra) for part in range(parts + 1)]
-    return tuple(Range(a, b) for a, b in zip(starts, starts[1:], strict=False))
+    return tuple(Range(a, b) for a, b in pairwise(starts))
 
 
 def block_ranges(total: int, layout: Layout, tp_rank: int) -> tuple[Range, ...]:

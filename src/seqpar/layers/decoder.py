@@ -1,12 +1,12 @@
 """Attention block and decoder layer of the Llama family, as programs of steps over the parts.
 
-Tokens are flat and sharded over `sp`; heads and MLP rows are sharded over `tp`. A group of one rank takes the same path,
-so that pure tensor parallelism, pure Ulysses and their product are one piece of code.
+Tokens are flat and sharded over `sp`; heads and MLP rows are sharded over `tp`. A group of one rank takes the same
+path, so that pure tensor parallelism, pure Ulysses and their product are one piece of code.
 """
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -52,7 +52,7 @@ class ParallelAttention(nn.Module):
         window: int | None = None,
         softmax_scale: float | None = None,
         sequence_sharded: bool = False,
-    ) -> Self:
+    ) -> ParallelAttention:
         """Slice an attention module with q_proj, k_proj, v_proj, o_proj and, where it has them, q_norm and k_norm."""
         q_proj, k_proj, v_proj, o_proj = (_linear(attention, f"{name}_proj") for name in "qkvo")
         if heads.layout != groups.layout:
@@ -164,7 +164,7 @@ class ParallelDecoderLayer(nn.Module):
         window: int | None = None,
         softmax_scale: float | None = None,
         sequence_sharded: bool = False,
-    ) -> Self:
+    ) -> ParallelDecoderLayer:
         """Slice a decoder layer whose children have the names of Transformers' Llama."""
         attention = ParallelAttention.from_module(
             _child(layer, "self_attn"),
@@ -229,7 +229,8 @@ class ParallelDecoderLayer(nn.Module):
         Args:
             x: this rank's tokens.
             batch: the step's tokens, the same on every rank.
-            cos, sin: rotary tables of all T tokens.
+            cos: rotary table of all T tokens.
+            sin: the same, sine.
             kv: the cache of this rank's heads, or None to attend among the new tokens alone.
             layout: one that `add_layout` recorded; the stored one by default.
 

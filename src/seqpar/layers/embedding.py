@@ -10,7 +10,6 @@ Source: Megatron-LM (arXiv:1909.08053) for the masked lookup.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -55,7 +54,7 @@ class VocabParallelEmbedding(ShardedModule):
         self.reset_parameters()
 
     @classmethod
-    def from_module(cls, embedding: nn.Embedding, *, group: ProcessGroup, sp: int = 1) -> Self:
+    def from_module(cls, embedding: nn.Embedding, *, group: ProcessGroup, sp: int = 1) -> VocabParallelEmbedding:
         """Slice an ordinary embedding; every rank passes the same one."""
         weight = embedding.weight
         new = cls(
@@ -164,7 +163,7 @@ class ParallelLMHead(ShardedModule):
         self.reset_parameters()
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, *, groups: Groups) -> Self:
+    def from_linear(cls, linear: nn.Linear, *, groups: Groups) -> ParallelLMHead:
         """Slice an ordinary linear layer; every rank passes the same one."""
         new = cls(
             linear.in_features,
@@ -181,7 +180,7 @@ class ParallelLMHead(ShardedModule):
         return new
 
     @classmethod
-    def tied(cls, embedding: VocabParallelEmbedding, *, groups: Groups) -> Self:
+    def tied(cls, embedding: VocabParallelEmbedding, *, groups: Groups) -> ParallelLMHead:
         """A head that uses a block of the embedding's rows and stores nothing."""
         return cls(
             embedding.embedding_dim,

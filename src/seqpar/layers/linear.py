@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Literal, NamedTuple, Self, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -206,7 +206,7 @@ class ColumnParallelLinear(_ColumnParallel):
     @classmethod
     def from_linear(
         cls, linear: nn.Linear, *, group: ProcessGroup, sp: int = 1, sequence_sharded: bool = False
-    ) -> Self:
+    ) -> ColumnParallelLinear:
         """Slice an ordinary linear layer; every rank passes the same one."""
         return _filled(
             lambda: cls(
@@ -286,7 +286,7 @@ class QKVParallelLinear(_ColumnParallel):
         heads: HeadMap,
         group: ProcessGroup,
         sequence_sharded: bool = False,
-    ) -> Self:
+    ) -> QKVParallelLinear:
         """Fuse and slice three ordinary projections; every rank passes the same ones."""
         linears = {"q_proj": q_proj, "k_proj": k_proj, "v_proj": v_proj}
         head_dim = _head_dim(linears, heads)
@@ -397,7 +397,7 @@ class GateUpParallelLinear(_ColumnParallel):
         group: ProcessGroup,
         sp: int = 1,
         sequence_sharded: bool = False,
-    ) -> Self:
+    ) -> GateUpParallelLinear:
         """Fuse and slice two ordinary projections; every rank passes the same ones."""
         return _filled(
             lambda: cls(
@@ -485,7 +485,7 @@ class RowParallelLinear(_ShardedLinear):
     @classmethod
     def from_linear(
         cls, linear: nn.Linear, *, group: ProcessGroup, sp: int = 1, sequence_sharded: bool = False, unit: int = 1
-    ) -> Self:
+    ) -> RowParallelLinear:
         """Slice an ordinary linear layer; every rank passes the same one."""
         return _filled(
             lambda: cls(

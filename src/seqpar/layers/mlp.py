@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -69,7 +69,9 @@ class ParallelMLP(nn.Module):
         drop_child_names(self, self.unnamed)
 
     @classmethod
-    def from_module(cls, mlp: nn.Module, *, group: ProcessGroup, sp: int = 1, sequence_sharded: bool = False) -> Self:
+    def from_module(
+        cls, mlp: nn.Module, *, group: ProcessGroup, sp: int = 1, sequence_sharded: bool = False
+    ) -> ParallelMLP:
         """Slice any MLP with `gate_proj`, `up_proj` and `down_proj` linears and a SiLU between (not checked)."""
         parts = [getattr(mlp, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
         gate, up, down = (part for part in parts)

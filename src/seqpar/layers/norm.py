@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Self
-
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -42,7 +40,7 @@ class RMSNorm(ShardedModule):
         self.weight = nn.Parameter(torch.ones(size, device=device, dtype=dtype))
 
     @classmethod
-    def from_module(cls, norm: nn.Module, *, over_tp: bool = False) -> Self:
+    def from_module(cls, norm: nn.Module, *, over_tp: bool = False) -> RMSNorm:
         """Copy any norm with a `weight` and an `eps` or `variance_epsilon` (Transformers' name)."""
         eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
         weight = norm.weight

@@ -1,9 +1,9 @@
 """Ulysses attention: tokens become heads and back, with one all-to-all each way.
 
 Every rank of the sequence group holds a slice of the tokens of the fused QKV projection. One all-to-all gives it all
-tokens of its own heads, the KV heads that several ranks need being replicated in the send buffer; it appends them to its
-cache, attends over whole sequences, and a second all-to-all returns the output to the token slices. The received buffer
-is used as it arrived: tokens come in rank order, so nothing is unpacked.
+tokens of its own heads, the KV heads that several ranks need being replicated in the send buffer; it appends them to
+its cache, attends over whole sequences, and a second all-to-all returns the output to the token slices. The received
+buffer is used as it arrived: tokens come in rank order, so nothing is unpacked.
 
 Rotary embedding and q/k norms are applied after the first all-to-all, to the heads that the rank owns. Before it they
 would cost the same, but need a second pass over the send buffer or an in-place write that training cannot undo; with
@@ -162,7 +162,8 @@ class UlyssesAttention(nn.Module):
         Args:
             qkv: the fused projection.
             batch: the step's tokens, all of them, the same on every rank.
-            cos, sin: rotary tables of all T tokens; None leaves q and k as they are.
+            cos: rotary table of all T tokens; None leaves q and k as they are.
+            sin: the same, sine.
             kv: the cache of this rank's heads. New keys and values are appended at `batch.slots`; None attends among
                 the new tokens alone.
             layout: one that `add_layout` recorded; the stored one by default.
@@ -207,8 +208,9 @@ class UlyssesAttention(nn.Module):
         if prefixed and torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
             raise ValueError("`kv` must be empty where gradients are wanted, got cached tokens; use torch.no_grad()")
         kv.append(self.layer_index, k.detach(), v.detach(), batch)
-        if prefixed:
-            k, v = kv.layer(self.layer_index)
+        if not prefixed:
+            return attention(q, k, v, batch.without_cache, **options)[0]
+        k, v = kv.layer(self.layer_index)
         return attention(q, k, v, batch, **options)[0]
 
 
