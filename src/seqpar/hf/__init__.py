@@ -1,0 +1,19 @@
+"""Hugging Face models over several ranks: load a checkpoint by slices, or swap layers into a model that exists.
+
+The only part of seqpar that imports `transformers`.
+"""
+
+from seqpar.hf.backbone import LMHead, ParallelBackbone
+from seqpar.hf.cache import ParallelCache
+from seqpar.hf.loading import load
+from seqpar.hf.swap import LoadReport, Parallelized, parallelize
+
+__all__ = [
+    "LMHead",
+    "LoadReport",
+    "ParallelBackbone",
+    "ParallelCache",
+    "Parallelized",
+    "load",
+    "parallelize",
+]

@@ -1,0 +1,300 @@
+"""The two modules that replace a Transformers model's own: the decoder stack and the head.
+
+`ParallelBackbone` takes what `LlamaModel` takes and returns what it returns. In between there is no padding and no
+batch dim: one `RaggedBatch` of the tokens that the mask keeps, sliced over the sequence ranks. Its `steps` are one
+program; `stack_steps` is the part of it that a schedule can run once for each chunk of the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from seqpar import comm
+from seqpar.comm import Groups, Steps
+from seqpar.hf.cache import CacheSpec, CacheStore, ParallelCache, store_of
+from seqpar.hf.padding import Padding, check_windows
+from seqpar.kv import PagedKV
+from seqpar.layers import ParallelLMHead, gather_rows_steps
+from seqpar.partition import HeadMap, even_ranges, even_split
+from seqpar.ragged import RaggedBatch
+
+__all__ = ["KEEP", "LMHead", "ParallelBackbone"]
+
+KEEP = "seqpar_logits_to_keep"  # how the causal LM's hook hands `logits_to_keep` down
+_FOR_THE_LOSS = ("num_items_in_batch", "shift_labels", "ignore_index")  # the causal LM passes these to both
+
+
+class _Plan(NamedTuple):
+    """One forward, decided before anything is computed or sent."""
+
+    padding: Padding
+    batch: RaggedBatch
+    position_ids: Int64[Tensor, "b s"]
+    store: CacheStore | None = None
+    kv: PagedKV | None = None
+    cache: Cache | None = None
+
+
+class ParallelBackbone(nn.Module):
+    """Embedding, decoder layers and final norm over the ranks of a mesh.
+
+    Args:
+        config: the model's.
+        embed_tokens: takes ids[T/sp].
+        layers: take (x, batch, cos, sin, kv).
+        norm: the last one.
+        rotary_emb: Transformers' own module, so that every rope type is what it is there.
+        groups: the ranks.
+        heads: who owns which heads.
+        head_dim: dims of a head.
+        windows: sliding window of each layer.
+        sequence_sharded: activations are split over `tp` as well.
+    """
+
+    label: str = ""
+
+    def __init__(
+        self,
+        config: PretrainedConfig,
+        embed_tokens: nn.Module,
+        layers: Sequence[nn.Module],
+        norm: nn.Module,
+        rotary_emb: nn.Module,
+        *,
+        groups: Groups,
+        heads: HeadMap,
+        head_dim: int,
+        windows: Sequence[int | None],
+        sequence_sharded: bool = False,
+    ) -> None:
+        super().__init__()
+        self.config, self.groups, self.heads, self.head_dim = config, groups, heads, head_dim
+        self.windows, self.sequence_sharded = tuple(windows), sequence_sharded
+        self.embed_tokens, self.layers, self.norm, self.rotary_emb = (
+            embed_tokens,
+            nn.ModuleList(layers),
+            norm,
+            rotary_emb,
+        )
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast | tuple[Any, ...]:
+        """Run the stack; arguments and result as `LlamaModel.forward`, the same on every rank.
+
+        Out:   `last_hidden_state`[B, S, M] and, if asked for, `hidden_states`, replicated; zeros at padding.
+        Grad:  replicated in, replicated out; weights need `seqpar.layers.sync_gradients`.
+        Comm:  an all-reduce for the embedding, the layers' own, and a gather of the rows that are returned.
+
+        Raises:
+            TypeError, ValueError: what cannot be honoured, before anything is computed or cached.
+        """
+        return_dict = kwargs.pop("return_dict", None)
+        inputs = (input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache)
+        output = comm.run(self.steps(*inputs, **kwargs))
+        return output.to_tuple() if return_dict is False else output
+
+    def steps(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> Steps[BaseModelOutputWithPast]:
+        """See `forward`."""
+        keep = kwargs.pop(KEEP, 0)
+        wanted = self._wanted(kwargs.pop("output_hidden_states", self.config.output_hidden_states))
+        self._check_options(kwargs)
+        plan = self._plan(input_ids, inputs_embeds, attention_mask, position_ids, past_key_values, use_cache)
+        tokens = plan.padding.pack(inputs_embeds if input_ids is None else input_ids)  # type: ignore[arg-type]
+        cos, sin = self._rope(plan)
+        x, inputs = yield from self.stack_steps(tokens, plan.batch, cos, sin, plan.kv, keep_inputs=wanted or ())
+        everything = plan.padding.all_rows(x.device)
+        selection = plan.padding.select(keep, x.device) if wanted is None else everything
+        last = selection.unpack((yield from self._gather_steps(x, selection.rows, plan.batch)))
+        states: list[Any] = [None] * (len(self.layers) + 1)
+        for index, local in inputs.items():
+            states[index] = everything.unpack((yield from self._gather_steps(local, None, plan.batch)))
+        if wanted is not None and len(self.layers) in wanted:
+            states[-1] = last
+        if plan.store is not None:
+            plan.store.commit(plan.padding)
+        return BaseModelOutputWithPast(
+            last_hidden_state=last,
+            past_key_values=plan.cache,
+            hidden_states=None if wanted is None else tuple(states),
+        )
+
+    def stack_steps(
+        self,
+        tokens: Int64[Tensor, " t"] | Float[Tensor, "t m"],
+        batch: RaggedBatch,
+        cos: Float[Tensor, "t d"],
+        sin: Float[Tensor, "t d"],
+        kv: PagedKV | None,
+        *,
+        keep_inputs: Collection[int] = (),
+    ) -> Steps[tuple[Float[Tensor, "t_local m"], dict[int, Float[Tensor, "t_local m"]]]]:
+        """Embed a ragged batch and run it through the layers and the norm: what one chunk of a schedule does.
+
+        In:    tokens, all T of the batch, as ids or as embeddings.
+        Out:   this rank's normed tokens, and the inputs of the layers named in `keep_inputs`.
+        """
+        x = yield from self._embed_steps(tokens, batch)
+        inputs: dict[int, Tensor] = {}
+        for index, layer in enumerate(self.layers):
+            if index in keep_inputs:
+                inputs[index] = x
+            x = yield from comm.call(layer, x, batch, cos, sin, kv)
+        return (yield from comm.call(self.norm, x)), inputs
+
+    def _embed_steps(self, tokens: Tensor, batch: RaggedBatch) -> Steps[Float[Tensor, "t_local m"]]:
+        """This rank's tokens of a batch, embedded."""
+        mine = even_ranges(batch.num_tokens, self.groups.layout.sp)[self.groups.sp.rank()]
+        if tokens.is_floating_point():
+            x = comm.reduce_grad(tokens, group=self.groups.sp, label=self.label)[mine.start : mine.stop]
+        else:
+            x = yield from comm.call(self.embed_tokens, tokens[mine.start : mine.stop])
+        if self.sequence_sharded:
+            within = even_ranges(mine.size, self.groups.layout.tp)[self.groups.tp.rank()]
+            x = comm.reduce_grad(x, group=self.groups.tp, label=self.label)[within.start : within.stop]
+        return x
+
+    def _gather_steps(
+        self, x: Float[Tensor, "t_local m"], rows: Sequence[int] | None, batch: RaggedBatch
+    ) -> Steps[Float[Tensor, "rows m"]]:
+        """Rows of the whole batch (None: all) out of every rank's tokens."""
+        layout = self.groups.layout
+        if self.sequence_sharded:
+            mine = even_split(batch.num_tokens, layout.sp)[self.groups.sp.rank()]
+            sizes = even_split(mine, layout.tp)
+            x = yield from comm.all_gather_steps(
+                x, group=self.groups.tp, sizes=sizes, grad="replicate", label=self.label
+            )
+        return (
+            yield from gather_rows_steps(
+                x, rows=rows, num_tokens=batch.num_tokens, group=self.groups.sp, label=self.label
+            )
+        )
+
+    def _rope(self, plan: _Plan) -> tuple[Float[Tensor, "t d"], Float[Tensor, "t d"]]:
+        """Tables of the batch's tokens, worked out over the padded positions as Transformers does."""
+        cos, sin = self.rotary_emb(next(self.parameters()), position_ids=plan.position_ids)
+        batch = plan.padding.shape[0]
+        return plan.padding.pack(cos.expand(batch, -1, -1)), plan.padding.pack(sin.expand(batch, -1, -1))
+
+    def _plan(
+        self,
+        input_ids: Any,
+        inputs_embeds: Any,
+        attention_mask: Any,
+        position_ids: Any,
+        past_key_values: Any,
+        use_cache: bool | None,
+    ) -> _Plan:
+        """Check a call, lay its tokens out flat and find room for them in the cache."""
+        tokens = self._check_tokens(input_ids, inputs_embeds)
+        shape, device = (tokens.shape[0], tokens.shape[1]), tokens.device
+        if past_key_values is None and (self.config.use_cache if use_cache is None else use_cache):
+            past_key_values = ParallelCache(len(self.layers))
+        store = None if past_key_values is None else store_of(past_key_values, len(self.layers))
+        seen, history = (0, None) if store is None else (store.seen, store.history)
+        padding = Padding.plan(shape, attention_mask, seen, history)
+        if padding.mask is not None or history is not None:
+            check_windows(self.windows, attention_mask.cpu().bool())
+        places = self._check_positions(position_ids, shape, seen, device)
+        if store is None:
+            if position_ids is not None and attention_mask is None:
+                padding = Padding.packed(shape, places.expand(shape))
+            positions = padding.pack(places.expand(shape))
+            batch = RaggedBatch.build(padding.q_lens, padding.q_lens, positions=positions, device=device)
+            return _Plan(padding, batch, places)
+        kv, batch = store.begin(padding, padding.pack(places.expand(shape)), self.cache_spec())
+        return _Plan(padding, batch, places, store, kv, past_key_values)
+
+    def cache_spec(self) -> CacheSpec:
+        """What this rank caches."""
+        weight = next(self.parameters())
+        kv_heads = self.heads.kv_ranges[self.groups.flat.rank()].size
+        return CacheSpec(len(self.layers), kv_heads, self.head_dim, weight.dtype, weight.device)
+
+    def _check_tokens(self, input_ids: Any, inputs_embeds: Any) -> Tensor:
+        """The one of the two that is given, after checking dims and dtype."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("exactly one of `input_ids` and `inputs_embeds` must be given, got both or neither")
+        name, tokens, dims = (
+            ("input_ids", input_ids, 2) if inputs_embeds is None else ("inputs_embeds", inputs_embeds, 3)
+        )
+        if not isinstance(tokens, Tensor) or tokens.is_floating_point() != (dims == 3) or tokens.is_complex():
+            raise TypeError(
+                f"`{name}` must be {'an integer' if dims == 2 else 'a floating-point'} tensor, "
+                f"got {tokens.dtype if isinstance(tokens, Tensor) else type(tokens).__name__}"
+            )
+        expected = "[B, S]" if dims == 2 else f"[B, S, {self.config.hidden_size}]"
+        if tokens.dim() != dims or (dims == 3 and tokens.shape[2] != self.config.hidden_size):
+            raise ValueError(f"`{name}` must have shape {expected}, got {list(tokens.shape)}")
+        return tokens
+
+    @staticmethod
+    def _check_positions(
+        position_ids: Any, shape: tuple[int, int], seen: int, device: torch.device
+    ) -> Int64[Tensor, "b s"]:
+        """Rotary positions [1 or B, S]; by default they count the columns, padding included, as Transformers does."""
+        if position_ids is None:
+            return torch.arange(seen, seen + shape[1], device=device)[None]
+        if not isinstance(position_ids, Tensor) or position_ids.is_floating_point():
+            raise TypeError(f"`position_ids` must be an integer tensor, got {type(position_ids).__name__}")
+        if position_ids.dim() != 2 or position_ids.shape[1] != shape[1] or position_ids.shape[0] not in (1, shape[0]):
+            raise ValueError(f"`position_ids` must have shape {list(shape)}, got {list(position_ids.shape)}")
+        return position_ids.long()
+
+    def _wanted(self, output_hidden_states: Any) -> frozenset[int] | None:
+        """Indices of the hidden states asked for, counted as Transformers does; None for none."""
+        if output_hidden_states is None or output_hidden_states is False:
+            return None
+        count = len(self.layers) + 1
+        if output_hidden_states is True:
+            return frozenset(range(count))
+        chosen = [output_hidden_states] if isinstance(output_hidden_states, int) else list(output_hidden_states)
+        return frozenset(index % count for index in chosen if -count <= index < count)
+
+    def _check_options(self, options: dict[str, Any]) -> None:
+        """Refuse what this stack does not do."""
+        config = self.config
+        if options.pop("output_attentions", config.output_attentions):
+            raise ValueError("`output_attentions` must be False: attention weights are never formed, got True")
+        if not options.pop("is_causal", getattr(config, "is_causal", True)):
+            raise ValueError("`is_causal` must be True, got False")
+        if self.training and config.attention_dropout:
+            raise ValueError(
+                f"`attention_dropout` must be 0 in training, got {config.attention_dropout}; set it so or call eval()"
+            )
+        for name, value in options.items():
+            if value is not None and value is not False and name not in _FOR_THE_LOSS:
+                raise TypeError(f"`{name}` must not be given to a parallelized model, got {type(value).__name__}")
+
+
+class LMHead(ParallelLMHead):
+    """A `ParallelLMHead` that takes [..., M], as Transformers calls its head."""
+
+    def forward(self, x: Float[Tensor, "*rows m"], **kwargs: Any) -> Float[Tensor, "*rows v"]:
+        logits = super().forward(x.flatten(0, -2), **kwargs)
+        return logits.view(*x.shape[:-1], logits.shape[-1])

@@ -1,0 +1,141 @@
+"""Load a checkpoint by slices: build on the meta device, swap, then read what this rank owns and nothing else."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm  # type: ignore[import-untyped]
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
+
+from seqpar import comm
+from seqpar.comm import DeviceMesh
+from seqpar.hf.agreed import agreed
+from seqpar.hf.backbone import LMHead
+from seqpar.hf.checkpoint import DTYPES, Checkpoint, parse_object
+from seqpar.hf.models import ARCHITECTURES, check_config
+from seqpar.hf.swap import LoadReport, Parallelized, build
+from seqpar.layers import iter_sources
+
+__all__ = ["load"]
+
+CONFIG, GENERATION = "config.json", "generation_config.json"
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
+
+def load(
+    path: str | Path,
+    mesh: DeviceMesh,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    progress: bool | None = None,
+    sequence_sharded: bool = False,
+) -> PreTrainedModel:
+    """Load a causal LM from safetensors, each rank its own slices.
+
+    Args:
+        path: directory in Hugging Face's format, with `model.safetensors` or `model.safetensors.index.json`.
+        mesh: see `seqpar.init_mesh`.
+        dtype: of the weights; by default the config's, or the file's where that has none.
+        device: where they go; by default the mesh's device.
+        progress: show a bar on rank 0; by default where stderr is a terminal.
+        sequence_sharded: see `parallelize`.
+
+    Returns:
+        The Transformers model in evaluation mode; `model.seqpar` has the `LoadReport`.
+
+    Comm:  agreement before and after reading.
+
+    Raises:
+        TypeError, ValueError: a checkpoint that is corrupt, incomplete, not what its config says, or of a model that
+            cannot be parallelized on this mesh; the same on every rank.
+    """
+    groups = comm.groups(mesh)
+    parallel: Parallelized | None = None
+    checkpoint: Checkpoint | None = None
+    with agreed(groups.flat):
+        checkpoint, whole = _build_on_meta(Path(path), dtype)
+        parallel = Parallelized(whole, groups, *build(whole, groups, sequence_sharded=sequence_sharded))
+        _check(checkpoint, parallel)
+    assert parallel is not None and checkpoint is not None
+    show = groups.flat.rank() == 0 and (sys.stderr.isatty() if progress is None else progress)
+    with agreed(groups.flat):
+        parallel.report = _fill(parallel, checkpoint, _device(mesh) if device is None else torch.device(device), show)
+    model: PreTrainedModel = parallel.model.eval()
+    return model
+
+
+def _build_on_meta(path: Path, dtype: torch.dtype | None) -> tuple[Checkpoint, PreTrainedModel]:
+    """Open the checkpoint and make the model that its config describes, without memory for weights."""
+    if not (path / CONFIG).is_file():
+        raise ValueError(f"`path` must be a directory with {CONFIG}, got {path}")
+    raw = parse_object(path / CONFIG, (path / CONFIG).read_bytes())
+    kind, architectures = raw.get("model_type"), raw.get("architectures")
+    if kind not in ARCHITECTURES or (architectures and ARCHITECTURES[kind] not in architectures):
+        raise ValueError(
+            f"`path` must hold a model of {', '.join(ARCHITECTURES.values())}, got model_type {kind!r} "
+            f"with architectures {architectures}"
+        )
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    check_config(config)
+    checkpoint = Checkpoint.open(path)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+            config, dtype=_dtype(dtype, config, checkpoint)
+        )
+    if (path / GENERATION).is_file():
+        model.generation_config = GenerationConfig.from_pretrained(path)
+    return checkpoint, model
+
+
+def _dtype(dtype: Any, config: PretrainedConfig, checkpoint: Checkpoint) -> torch.dtype:
+    """The caller's, the config's or the file's."""
+    if dtype is None:
+        stored = next((entry.dtype for entry in checkpoint.entries.values()), "F32")
+        dtype = config.dtype or DTYPES.get(stored, torch.float32)
+    if dtype not in DTYPES.values():
+        raise TypeError(f"`dtype` must be one of {', '.join(map(str, DTYPES.values()))}, got {dtype!r}")
+    return dtype  # type: ignore[no-any-return]
+
+
+def _check(checkpoint: Checkpoint, parallel: Parallelized) -> None:
+    """Compare the checkpoint with all that the model needs."""
+    shapes = {name: source.shape for name, _, _, source in iter_sources(parallel.model)}
+    rebuilt = [name for name in checkpoint.entries if name.endswith("rotary_emb.inv_freq")]  # in old checkpoints
+    tied = {HEAD: shapes[EMBEDDING]} if HEAD not in shapes and HEAD in checkpoint.entries else {}
+    checkpoint.check({**shapes, **tied}, optional=rebuilt)
+
+
+def _fill(parallel: Parallelized, checkpoint: Checkpoint, device: torch.device, show: bool) -> LoadReport:
+    """Read this rank's windows of all tensors."""
+    begin, model = time.perf_counter(), parallel.model
+    sources = list(iter_sources(model))
+    total = sum(checkpoint.window_bytes(name, source.dim, source.window) for name, _, _, source in sources)
+    with tqdm(total=total, desc="loading", unit="B", unit_scale=True, disable=not show) as bar:
+        for name, module, own, source in sources:
+            window = checkpoint.read(name, source.dim, source.window)
+            module.load_source(own, window.to(device), source.window.start)
+            bar.update(window.nbytes)
+    stack = model.model
+    stack.rotary_emb = type(stack.rotary_emb)(model.config).to(device)
+    _check_tied(model.lm_head, checkpoint)
+    return LoadReport(checkpoint.bytes_read, parallel.weight_bytes, len(sources), time.perf_counter() - begin)
+
+
+def _check_tied(head: LMHead, checkpoint: Checkpoint) -> None:
+    """Compare a stored head with the embedding, where the config ties them but the files hold both."""
+    if head.weight is None and HEAD in checkpoint.entries:
+        rows = head.weight_rows()
+        if not torch.equal(checkpoint.read(HEAD, 0, head.rows).to(rows.device, rows.dtype), rows):
+            raise ValueError(
+                f"`{HEAD}` must equal `{EMBEDDING}`, as config.json ties them, got other numbers; "
+                "set tie_word_embeddings to false"
+            )
+
+
+def _device(mesh: DeviceMesh) -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if mesh.device_type == "cuda" else torch.device("cpu")

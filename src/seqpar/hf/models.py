@@ -1,0 +1,104 @@
+"""Which Transformers models can be parallelized, and what their configs say that the layers need to know."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+__all__ = ["check_config", "check_model", "sliding_windows"]
+
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+_PLAIN = (
+    "Linear",
+    "Embedding",
+    "ModuleList",
+    "SiLU",
+    "SiLUActivation",
+)  # modules of torch and transformers.activations
+
+
+def check_config(config: PretrainedConfig) -> None:
+    """Refuse a config whose model would not be computed as Transformers does.
+
+    Raises:
+        ValueError: another architecture, activation or kind of layer, or quantized weights.
+    """
+    if config.model_type not in ARCHITECTURES:
+        raise ValueError(f"`model_type` must be one of {', '.join(ARCHITECTURES)}, got {config.model_type}")
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError("`quantization_config` must be absent, got quantized weights; load an unquantized checkpoint")
+    if config.hidden_act not in ("silu", "swish"):
+        raise ValueError(f"`hidden_act` must be silu, got {config.hidden_act}")
+    if not getattr(config, "is_causal", True):
+        raise ValueError("`is_causal` must be True, got False")
+    sliding_windows(config)
+
+
+def sliding_windows(config: PretrainedConfig) -> tuple[int | None, ...]:
+    """The keys that a token of each layer sees, itself included; None for all.
+
+    Transformers masks keys at or before `query - sliding_window`, so its number is the same as ours.
+
+    Raises:
+        ValueError: a layer type that is neither full nor sliding attention.
+    """
+    count: int = config.num_hidden_layers
+    window: int | None = getattr(config, "sliding_window", None)
+    if config.model_type == "llama":
+        return (None,) * count
+    if config.model_type == "mistral":
+        return (window,) * count
+    kinds = {"full_attention": None, "sliding_attention": window}
+    unknown = sorted(set(config.layer_types) - kinds.keys())
+    if unknown or (window is None and "sliding_attention" in config.layer_types):
+        raise ValueError(
+            f"`layer_types` must be full_attention, or sliding_attention with a `sliding_window`, "
+            f"got {unknown or 'sliding_attention without one'}"
+        )
+    return tuple(kinds[kind] for kind in config.layer_types[:count])
+
+
+def check_model(model: Any) -> None:
+    """Refuse a model that slicing would change without a word.
+
+    Raises:
+        TypeError: it is no model of a supported class.
+        ValueError: its config cannot be honoured, or something was wrapped around or hooked into it.
+    """
+    name = type(model).__name__
+    if not isinstance(model, PreTrainedModel) or name not in ARCHITECTURES.values():
+        raise TypeError(f"`model` must be one of {', '.join(ARCHITECTURES.values())}, got {name}")
+    if not type(model).__module__.startswith("transformers.models."):
+        raise TypeError(f"`model` must be Transformers' own {name}, got {type(model).__module__}.{name}")
+    if hasattr(model, "seqpar"):
+        raise ValueError("`model` must not be parallelized already, got one that is; undo that first")
+    check_config(model.config)
+    if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
+        raise ValueError(f"`model` must lie on one device, got {model.hf_device_map}")
+    for path, module in model.named_modules():
+        _check_module(path or "the model", module, type(model).__module__)
+
+
+def _check_module(path: str, module: nn.Module, home: str) -> None:
+    kind = type(module)
+    if kind.__module__ != home and not (
+        kind.__module__.startswith(("torch.nn.", "transformers.")) and kind.__name__ in _PLAIN
+    ):
+        raise ValueError(f"`{path}` must be unwrapped before the model is sliced, got {kind.__name__}")
+    if getattr(module, "gradient_checkpointing", False):
+        raise ValueError(
+            "gradient checkpointing must be disabled, got it enabled; call gradient_checkpointing_disable()"
+        )
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values(), *module._backward_hooks.values()]
+    foreign = [hook for hook in hooks if getattr(hook, "__module__", "") != "transformers.utils.output_capturing"]
+    if foreign and path != "the model":
+        raise ValueError(
+            f"`{path}` must carry no hooks when it is swapped out, got {foreign[0]!r}; register them afterwards"
+        )

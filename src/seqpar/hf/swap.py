@@ -1,0 +1,246 @@
+"""Swap the decoder stack and the head of one Transformers model for parallel ones, and back.
+
+Only the instance changes: two of its children, two of its methods, one hook. Nothing is assigned in Transformers'
+namespaces, and other models of the same class are not affected.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, NamedTuple, Self, cast
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from seqpar import comm
+from seqpar.comm import DeviceMesh, Groups
+from seqpar.hf.agreed import agreed
+from seqpar.hf.backbone import KEEP, LMHead, ParallelBackbone
+from seqpar.hf.cache import CacheSpec
+from seqpar.hf.generation import parallel_generate
+from seqpar.hf.models import check_model, sliding_windows
+from seqpar.layers import (
+    ParallelDecoderLayer,
+    ParallelLMHead,
+    RMSNorm,
+    VocabParallelEmbedding,
+    gather_state_dict,
+    name_modules,
+    sync_gradients,
+)
+from seqpar.partition import HeadMap
+
+__all__ = ["LoadReport", "Parallelized", "build", "parallelize"]
+
+
+class LoadReport(NamedTuple):
+    """What reading a checkpoint cost this rank.
+
+    Attributes:
+        bytes_read: tensor data read from disk.
+        weight_bytes: parameters stored.
+        num_tensors: tensors of the checkpoint that this rank read a part of.
+        seconds: wall time of reading.
+    """
+
+    bytes_read: int
+    weight_bytes: int
+    num_tensors: int
+    seconds: float
+
+
+class Parallelized:
+    """A model whose stack and head are parallel, until `undo`; as a context manager it undoes itself.
+
+    Attributes:
+        model: the Transformers model, which also holds this object as `model.seqpar`.
+        groups: the ranks.
+        report: what loading cost; None where the model had its weights already.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, groups: Groups, backbone: ParallelBackbone, head: ParallelLMHead
+    ) -> None:
+        self.model = cast(Any, model)
+        self.groups = groups
+        self.report: LoadReport | None = None
+        self._original: tuple[Any, Any] | None = (model.model, model.lm_head)
+        self.model.model, self.model.lm_head = backbone, head
+        model.train(model.training)
+        name_modules(model)
+        self._hook = model.register_forward_pre_hook(_hand_down, with_kwargs=True)
+        self.model.generate = parallel_generate(model, groups)
+        self.model.save_pretrained = _parallel_save(self)
+        self.model.seqpar = self
+
+    def undo(self) -> None:
+        """Put the modules, methods and weights back that the model had; weights trained since stay behind.
+
+        Raises:
+            ValueError: the model was loaded by slices and never had whole weights.
+        """
+        if self._original is None:
+            return
+        if any(param.is_meta for module in self._original for param in module.parameters()):
+            raise ValueError(
+                "`undo` must be called on a model that had its weights, got one read by slices; load it again"
+            )
+        self.model.model, self.model.lm_head = self._original
+        self._original = None
+        self._hook.remove()
+        del self.model.generate, self.model.save_pretrained, self.model.seqpar
+
+    def sync_gradients(self) -> None:
+        """After `backward`, sum the gradients that are partial; see `seqpar.layers.sync_gradients`."""
+        sync_gradients(self.model, self.groups)
+
+    def gather_state_dict(self) -> dict[str, Tensor]:
+        """The whole model's state dict, on every rank; parameters that are not sharded come as they are here.
+
+        Comm:  one all-gather per sharded tensor; call it on every rank.
+        """
+        return {**self.model.state_dict(), **gather_state_dict(self.model)}
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the parameters that this rank stores."""
+        return sum(param.nbytes for param in self.model.parameters())
+
+    @property
+    def kv_token_bytes(self) -> int:
+        """Bytes that this rank caches for one token, in all layers."""
+        spec: CacheSpec = self.model.model.cache_spec()
+        return 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * spec.dtype.itemsize
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.undo()
+
+
+def parallelize(model: PreTrainedModel, mesh: DeviceMesh, *, sequence_sharded: bool = False) -> Parallelized:
+    """Swap the stack and the head of a model for parallel ones, in place.
+
+    Every rank passes the same model, whole. The parallel modules hold copies of their slices; the original modules are
+    kept for `undo`. Where memory does not allow that, `load` reads the slices alone.
+
+    Args:
+        model: a Llama, Mistral, Qwen2 or Qwen3 causal LM of Transformers.
+        mesh: see `seqpar.init_mesh`.
+        sequence_sharded: split activations between the linears over `tp` too: reduce-scatters and all-gathers replace
+            the all-reduces, and norms are not repeated (arXiv:2205.05198).
+
+    Comm:  agreement on the model and on samples of its weights.
+
+    Raises:
+        TypeError, ValueError: a model that cannot be parallelized on this mesh, or that differs between ranks; the same
+            on every rank, and nothing has changed.
+    """
+    groups = comm.groups(mesh)
+    digest, modules = b"", None
+    with agreed(groups.flat):
+        check_model(model)
+        digest = _digest(model)
+        modules = build(model, groups, sequence_sharded=sequence_sharded)
+    payload = torch.frombuffer(bytearray(digest), dtype=torch.uint8).to(model.device)
+    theirs = comm.broadcast(payload, src=0, group=groups.flat, label="parallelize")
+    with agreed(groups.flat):
+        if bytes(theirs.tolist()) != digest:
+            raise ValueError("`model` must be the same on every rank, got another config or other weights than rank 0")
+    assert modules is not None
+    return Parallelized(model, groups, *modules)
+
+
+def build(
+    model: PreTrainedModel, groups: Groups, *, sequence_sharded: bool = False
+) -> tuple[ParallelBackbone, ParallelLMHead]:
+    """The parallel modules for a model; meta weights give meta slices.
+
+    Raises:
+        ValueError: its heads cannot be split over the mesh.
+    """
+    config, stack = model.config, model.model
+    heads = HeadMap(config.num_attention_heads, config.num_key_value_heads, *groups.layout)
+    windows = sliding_windows(config)
+    layers = [
+        ParallelDecoderLayer.from_module(
+            layer,
+            groups=groups,
+            heads=heads,
+            layer_index=index,
+            window=windows[index],
+            softmax_scale=layer.self_attn.scaling,
+            sequence_sharded=sequence_sharded,
+        )
+        for index, layer in enumerate(stack.layers)
+    ]
+    embedding = VocabParallelEmbedding.from_module(stack.embed_tokens, group=groups.tp, sp=groups.layout.sp)
+    backbone = ParallelBackbone(
+        config,
+        embedding,
+        layers,
+        RMSNorm.from_module(stack.norm, over_tp=sequence_sharded),
+        stack.rotary_emb,
+        groups=groups,
+        heads=heads,
+        head_dim=stack.layers[0].self_attn.head_dim,
+        windows=windows,
+        sequence_sharded=sequence_sharded,
+    )
+    if model.lm_head.weight is stack.embed_tokens.weight:
+        return backbone, LMHead.tied(embedding, groups=groups)
+    return backbone, LMHead.from_linear(model.lm_head, groups=groups)
+
+
+def _digest(model: PreTrainedModel) -> bytes:
+    """A hash of the config and of the first numbers of every weight: enough to notice another seed."""
+    digest = hashlib.sha256(model.config.to_json_string().encode())
+    for name, param in model.named_parameters():
+        sample = param.detach().view(-1)[:16].to("cpu", torch.float64)
+        digest.update(name.encode() + sample.numpy().tobytes())
+    return digest.digest()
+
+
+def _hand_down(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Before the causal LM's forward: let the stack return only the rows that the head is asked for."""
+    _check_labels(kwargs)
+    if kwargs.get("output_hidden_states", model.config.output_hidden_states) or "logits_to_keep" not in kwargs:
+        return None
+    return args, {**kwargs, "logits_to_keep": 0, KEEP: kwargs["logits_to_keep"]}
+
+
+def _check_labels(kwargs: dict[str, Any]) -> None:
+    """Refuse a loss over padding: logits there depend on the attention implementation, and ours are zeros."""
+    mask = kwargs.get("attention_mask")
+    for name, ahead in (("labels", 1), ("shift_labels", 0)):
+        labels = kwargs.get(name)
+        if not isinstance(mask, Tensor) or not isinstance(labels, Tensor) or mask.dim() != 2 or labels.dim() != 2:
+            continue
+        columns = labels.shape[1] - ahead
+        used = labels[:, ahead:] != -100
+        kept = mask[:, -labels.shape[1] :][:, :columns] != 0
+        if used.shape == kept.shape and (used & ~kept).any():
+            raise ValueError(f"`{name}` must be -100 where the token that predicts them is padding, got others there")
+
+
+def _parallel_save(parallel: Parallelized) -> Callable[..., None]:
+    """`model.save_pretrained` that gathers the weights and lets rank 0 write; call it on every rank."""
+    plain = type(parallel.model).save_pretrained
+
+    @functools.wraps(plain)
+    def save_pretrained(save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        if args or {"state_dict", "is_main_process", "distributed_checkpoint"} & kwargs.keys():
+            raise TypeError("`save_pretrained` must get no state dict and no main process of the caller's, got some")
+        state = parallel.gather_state_dict()
+        with agreed(parallel.groups.flat):
+            if parallel.groups.flat.rank() == 0:
+                plain(parallel.model, save_directory, state_dict=state, **kwargs)
+
+    return save_pretrained
