@@ -97,3 +97,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
 def rope(positions: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
     angles = positions[:, None].double() * 10000.0 ** (-torch.arange(0, head_dim, 2).double() / head_dim)
     return torch.cat([angles, angles], 1).cos(), torch.cat([angles, angles], 1).sin()
+
+
+def name_of(layout: tuple[int, int]) -> str:
+    """Test id of a layout."""
+    return f"tp{layout[0]}-sp{layout[1]}"

@@ -13,7 +13,7 @@ from seqpar.kv import PagedKV
 from seqpar.layers import ParallelDecoderLayer, ShardedModule, iter_sources, name_modules, sync_gradients
 from seqpar.partition import HeadMap, Layout, even_ranges
 from seqpar.ragged import RaggedBatch
-from tests.layers.reference import DecoderLayer, rope
+from tests.layers.reference import DecoderLayer, name_of, rope
 from tests.ranks import run_mesh
 
 HEAD_DIM = 6
@@ -88,7 +88,7 @@ def check_gradients(module: nn.Module, expected: nn.Module) -> None:
         pieces = [grad.narrow(p.dim, p.full.start, p.full.size) for p in source.pieces]
         local = ShardedModule._local(source, getattr(owner, source.param).grad)
         torch.testing.assert_close(
-            local, torch.cat(pieces, source.dim), rtol=1e-10, atol=1e-12, msg=lambda m: f"{name}: {m}"
+            local, torch.cat(pieces, source.dim), rtol=1e-10, atol=1e-12, msg=f"gradient of {name}".__add__
         )
         seen.add(name)
     assert seen == set(full)
@@ -112,7 +112,7 @@ def parity(mesh: comm.DeviceMesh, case: Case) -> None:
     check_gradients(layer, oracle)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: "tp%d-sp%d" % layout)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=name_of)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_equals_one_process_forward_and_backward(case: Case, layout: tuple[int, int]) -> None:
     run_mesh(layout, parity, case)
@@ -131,7 +131,7 @@ def cached(mesh: comm.DeviceMesh, case: Case) -> None:
     kv = PagedKV(1, 8, 3, core.num_kv_heads, HEAD_DIM, dtype=torch.float64, device="cpu")
     done = [0, 0]
     for chunk in ((4, 2), (3, 2), (1, 0), (1, 1)):
-        kv.reserve({r: n for r, n in enumerate(chunk)})
+        kv.reserve(dict(enumerate(chunk)))
         batch = kv.batch([0, 1], chunk)
         rows = torch.cat([torch.arange(sum(total[:r]) + done[r], sum(total[:r]) + done[r] + chunk[r]) for r in (0, 1)])
         mine = rows[my_tokens(case, groups, len(rows))]
@@ -142,7 +142,7 @@ def cached(mesh: comm.DeviceMesh, case: Case) -> None:
     assert done == list(total)
 
 
-@pytest.mark.parametrize("layout", [(1, 1), (2, 1), (1, 2), (1, 3), (2, 2)], ids=lambda layout: "tp%d-sp%d" % layout)
+@pytest.mark.parametrize("layout", [(1, 1), (2, 1), (1, 2), (1, 3), (2, 2)], ids=name_of)
 @pytest.mark.parametrize("case", [Case(8, 2), Case(5, 5, window=3, qk_norm=True)], ids=str)
 def test_chunked_prefill_and_decode_over_a_cache(case: Case, layout: tuple[int, int]) -> None:
     run_mesh(layout, cached, case)
@@ -171,7 +171,7 @@ def shifted(mesh: comm.DeviceMesh, case: Case) -> None:
     assert len(views) == 1
 
 
-@pytest.mark.parametrize("layout", [(1, 2), (1, 3), (1, 4), (2, 2)], ids=lambda layout: "tp%d-sp%d" % layout)
+@pytest.mark.parametrize("layout", [(1, 2), (1, 3), (1, 4), (2, 2)], ids=name_of)
 @pytest.mark.parametrize("case", [Case(8, 8), Case(8, 2, bias=True), Case(5, 5), Case(14, 2)], ids=str)
 def test_every_larger_tp_runs_on_views_of_the_stored_weights(case: Case, layout: tuple[int, int]) -> None:
     run_mesh(layout, shifted, case)
@@ -238,7 +238,7 @@ def wrapped(mesh: comm.DeviceMesh, how: str) -> None:
         torch.testing.assert_close(adapter.base.weight.grad, plain.self_attn.qkv_proj.weight.grad)
 
 
-@pytest.mark.parametrize("layout", [(2, 1), (1, 2), (2, 2)], ids=lambda layout: "tp%d-sp%d" % layout)
+@pytest.mark.parametrize("layout", [(2, 1), (1, 2), (2, 2)], ids=name_of)
 @pytest.mark.parametrize("how", ["hook", "wrapper"])
 def test_hooks_and_wrappers_keep_working(layout: tuple[int, int], how: str) -> None:
     run_mesh(layout, wrapped, how)

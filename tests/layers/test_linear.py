@@ -22,7 +22,7 @@ from seqpar.layers import (
     sync_gradients,
 )
 from seqpar.partition import HeadMap, even_ranges, shard_range
-from tests.layers.reference import MLP
+from tests.layers.reference import MLP, name_of
 from tests.ranks import run_mesh
 
 LAYOUTS = [(1, 1), (2, 1), (3, 1), (4, 1), (1, 2), (2, 2), (1, 3)]
@@ -68,7 +68,7 @@ def linears(mesh: comm.DeviceMesh, sequence_sharded: bool) -> None:
     assert torch.equal(bias, down.bias.grad)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: "tp%d-sp%d" % layout)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=name_of)
 @pytest.mark.parametrize("sequence_sharded", [False, True], ids=["replicated", "sequence"])
 def test_column_and_row_equal_the_unsharded_pair_exactly(layout: tuple[int, int], sequence_sharded: bool) -> None:
     run_mesh(layout, linears, sequence_sharded)
@@ -101,7 +101,7 @@ def storage(mesh: comm.DeviceMesh) -> None:
     assert torch.equal(gathered["gate_proj.weight"], gate.weight) and torch.equal(gathered["up_proj.weight"], up.weight)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: "tp%d-sp%d" % layout)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=name_of)
 def test_fused_rows_lie_where_the_map_says(layout: tuple[int, int]) -> None:
     run_mesh(layout, storage)
 
@@ -132,7 +132,7 @@ def state(mesh: comm.DeviceMesh) -> None:
         mlp.load_state_dict(source.state_dict() | {"down_proj.scale": torch.zeros(1)})
 
 
-@pytest.mark.parametrize("layout", [(1, 1), (2, 1), (3, 1), (2, 2)], ids=lambda layout: "tp%d-sp%d" % layout)
+@pytest.mark.parametrize("layout", [(1, 1), (2, 1), (3, 1), (2, 2)], ids=name_of)
 def test_state_dict_loads_from_and_saves_to_unsharded_names(layout: tuple[int, int]) -> None:
     run_mesh(layout, state)
 
@@ -195,7 +195,7 @@ def vocabulary(mesh: comm.DeviceMesh, vocab: int, tied: bool) -> None:
     )
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: "tp%d-sp%d" % layout)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=name_of)
 @pytest.mark.parametrize(("vocab", "tied"), [(13, False), (13, True), (3, False)], ids=["13", "13-tied", "3"])
 def test_vocabulary_need_not_divide(layout: tuple[int, int], vocab: int, tied: bool) -> None:
     run_mesh(layout, vocabulary, vocab, tied)

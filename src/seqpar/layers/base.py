@@ -260,7 +260,7 @@ def name_modules(root: nn.Module) -> None:
     """Set the `label` of every layer below `root` to its dotted path, as `comm.record()` shows it."""
     for name, module in root.named_modules():
         if hasattr(type(module), "label"):
-            module.label = name  # type: ignore[assignment]
+            module.label = name
 
 
 def _with(shape: tuple[int, ...], dim: int, size: int) -> tuple[int, ...]:

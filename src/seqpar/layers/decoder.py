@@ -105,7 +105,8 @@ class ParallelAttention(nn.Module):
         tokens = given(num_tokens=num_tokens)
         qkv = yield from comm.call(self.qkv_proj, x, **options, **tokens)
         out = yield from comm.call(self.core, qkv, batch, cos, sin, kv, **options)
-        return (yield from comm.call(self.o_proj, out, **options, **tokens))
+        projected: Tensor = yield from comm.call(self.o_proj, out, **options, **tokens)
+        return projected
 
     def forward(
         self,
@@ -207,7 +208,8 @@ class ParallelDecoderLayer(nn.Module):
         normed = yield from comm.call(self.input_layernorm, x)
         x = x + (yield from comm.call(self.self_attn, normed, batch, cos, sin, kv, **options))
         normed = yield from comm.call(self.post_attention_layernorm, x)
-        return x + (yield from comm.call(self.mlp, normed, **options))
+        hidden: Tensor = yield from comm.call(self.mlp, normed, **options)
+        return x + hidden
 
     def forward(
         self,

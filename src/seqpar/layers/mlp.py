@@ -99,7 +99,8 @@ class ParallelMLP(nn.Module):
         options = given(layout=layout, num_tokens=num_tokens)
         gate_up = yield from comm.call(self.gate_up_proj, x, **options)
         hidden = swiglu(gate_up, self.blocks[layout])
-        return (yield from comm.call(self.down_proj, hidden, **options))
+        out: Tensor = yield from comm.call(self.down_proj, hidden, **options)
+        return out
 
     def forward(
         self, x: Float[Tensor, "t m"], *, layout: Layout | None = None, num_tokens: int | None = None

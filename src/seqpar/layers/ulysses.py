@@ -15,7 +15,7 @@ fused form with replicated KV heads is Shift Parallelism's (arXiv:2509.16495).
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
@@ -199,7 +199,11 @@ class UlyssesAttention(nn.Module):
         return x if cos is None or sin is None else rotary(x, cos, sin)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, batch: RaggedBatch, kv: PagedKV | None) -> Tensor:
-        options = {"softmax_scale": self.softmax_scale, "window": self.window, "kv_head_of": self.kv_head_of}
+        options: dict[str, Any] = {
+            "softmax_scale": self.softmax_scale,
+            "window": self.window,
+            "kv_head_of": self.kv_head_of,
+        }
         prefixed = batch.kv_lens != batch.q_lens
         if kv is None:
             if prefixed:
