@@ -112,6 +112,7 @@ class _Pool:
 
     def __init__(self, p: int, group_timeout_s: float) -> None:
         self.p = p
+        self.stopped = False
         self.folder = tempfile.TemporaryDirectory(prefix="seqpar-ranks-")
         self.workers: list[Any] = []
         self.pipes: list[Connection] = []
@@ -149,11 +150,13 @@ class _Pool:
             failures[rank] = f"hung {why} in\n{self._stack(rank)}"
         if failures:
             self.stop()
-            _POOLS.pop(self.p, None) if _POOLS.get(self.p) is self else None
             raise RankError(f"{fn.__module__}.{fn.__qualname__} on {self.p} ranks", failures)
         return results
 
     def stop(self) -> None:
+        if self.stopped:
+            return
+        self.stopped = True
         for worker in self.workers:
             worker.kill()
         for worker, pipe in zip(self.workers, self.pipes, strict=True):
@@ -190,7 +193,7 @@ _POOLS: dict[int, _Pool] = {}
 
 
 def _pool(p: int) -> _Pool:
-    if p not in _POOLS:
+    if p not in _POOLS or _POOLS[p].stopped:
         _POOLS[p] = _Pool(p, group_timeout_s=30.0)
     return _POOLS[p]
 
@@ -238,8 +241,19 @@ def _report_of(job: bytes, rank: int, p: int) -> bytes:
             warnings.simplefilter("error")
             warnings.filterwarnings("ignore", ".*does not have a deterministic implementation", UserWarning)
             return pickle.dumps((True, fn(rank, p, *args)))
-    except BaseException:
-        return pickle.dumps((False, traceback.format_exc()))
+    except BaseException as error:
+        return pickle.dumps((False, _traceback(error)))
+
+
+def _traceback(error: BaseException) -> str:
+    """The traceback without the frames of the annotation checker."""
+    report = link = traceback.TracebackException.from_exception(error)
+    while link is not None:
+        link.stack = traceback.StackSummary.from_list(
+            [frame for frame in link.stack if "jaxtyping" not in frame.filename]
+        )
+        link = link.__cause__ or link.__context__
+    return "".join(report.format())
 
 
 _MESHES: dict[tuple[int, int, bool], Any] = {}

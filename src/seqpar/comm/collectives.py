@@ -189,7 +189,8 @@ def broadcast_async(x: Tensor, *, src: int, group: ProcessGroup, label: str = ""
     here = group.rank() == src
     count(op, label, (p - 1) * x.numel() * x.itemsize if here else 0)
     out = x.contiguous() if here else torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    return _launched(op, label, group, lambda: group.broadcast(out, src), lambda: out, (out,))
+    moved = _as_bytes(out)
+    return _launched(op, label, group, lambda: group.broadcast(moved, src), lambda: out, (out,))
 
 
 def reduce_async(x: Tensor, *, dst: int, group: ProcessGroup, label: str = "") -> Handle:
@@ -255,8 +256,8 @@ def send_recv_async(
     count(op, label, x.numel() * x.itemsize)
     out = x.new_empty(x.shape if recv_shape is None else tuple(recv_shape))
     ops = [
-        dist.P2POp(dist.isend, x, group=group, tag=tag, group_peer=dst),
-        dist.P2POp(dist.irecv, out, group=group, tag=tag, group_peer=src),
+        dist.P2POp(dist.isend, _as_bytes(x), group=group, tag=tag, group_peer=dst),
+        dist.P2POp(dist.irecv, _as_bytes(out), group=group, tag=tag, group_peer=src),
     ]
     return _launched(op, label, group, lambda: dist.batch_isend_irecv(ops), lambda: out, (x, out))
 
@@ -268,11 +269,26 @@ Part = tuple[Tensor, list[int]]
 def exchange(op: str, label: str, group: ProcessGroup, send: Part, recv: Part, finish: Callable[[], Tensor]) -> Handle:
     """Launch the exchange that all others are made of, of flat contiguous buffers in rank order."""
     (source, send_sizes), (target, recv_sizes) = send, recv
+    sent, received = source, target
+    if source.dtype not in _MOVED_AS_THEY_ARE:
+        sent, received = _as_bytes(source), _as_bytes(target)
+        send_sizes = [size * source.itemsize for size in send_sizes]
+        recv_sizes = [size * source.itemsize for size in recv_sizes]
     try:
-        work = group.alltoall_base(target, source, recv_sizes, send_sizes)
+        work = group.alltoall_base(received, sent, recv_sizes, send_sizes)
     except RuntimeError as error:
         raise failure(op, label, group, error) from error
     return Handle(op, label, group, (work,), finish, (target, source))
+
+
+_MOVED_AS_THEY_ARE = frozenset(
+    {torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.int32, torch.uint8}
+)
+
+
+def _as_bytes(x: Tensor) -> Tensor:
+    """The memory of a contiguous tensor in the dtype that every backend moves (8-bit floats, for one, they do not)."""
+    return x.view(-1).view(torch.uint8)
 
 
 def _launched(
