@@ -2,6 +2,7 @@
 
 from seqpar.kernels.attention import attention
 from seqpar.kernels.dispatch import Backend, choose_backend
+from seqpar.kernels.linear import linear, linear_backend
 from seqpar.kernels.merge import merge
 from seqpar.kernels.rms_norm import rms_norm
 from seqpar.kernels.rotary import RopeConfig, rope_table, rotary
@@ -12,6 +13,8 @@ __all__ = [
     "RopeConfig",
     "attention",
     "choose_backend",
+    "linear",
+    "linear_backend",
     "merge",
     "rms_norm",
     "rope_table",

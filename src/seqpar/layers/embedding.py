@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from seqpar import comm
+from seqpar import comm, kernels
 from seqpar.comm import Groups, ProcessGroup, Steps
 from seqpar.layers.base import ShardedModule, Source
 from seqpar.partition import Layout, Piece, Range, even_ranges, even_split, shard_range
@@ -223,7 +223,7 @@ class ParallelLMHead(ShardedModule):
         if rows is not None:
             tokens = x.shape[0] if num_tokens is None else num_tokens
             x = yield from gather_rows_steps(x, rows=rows, num_tokens=tokens, group=self.seq_group, label=self.label)
-        logits = F.linear(comm.reduce_grad(x, group=self.group, label=self.label), weight, self.bias)
+        logits = kernels.linear(comm.reduce_grad(x, group=self.group, label=self.label), weight, self.bias)
         sizes = even_split(self.vocab_size, self.group.size())
         return (
             yield from comm.all_gather_steps(

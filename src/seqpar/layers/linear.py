@@ -17,11 +17,10 @@ from collections.abc import Callable, Mapping
 from typing import Literal, NamedTuple, TypeVar
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from seqpar import comm
+from seqpar import comm, kernels
 from seqpar.comm import Groups, ProcessGroup, Steps
 from seqpar.layers.base import ShardedModule, Source
 from seqpar.partition import HeadMap, Layout, Piece, Range, block_ranges, even_split, shard_range
@@ -141,8 +140,10 @@ class _ColumnParallel(_ShardedLinear):
         else:
             x = comm.reduce_grad(x, group=shard.group, label=self.label)
         if layout is None or layout == self.layout:
-            return F.linear(x, self.weight, self.bias)
-        parts = [F.linear(x, self.weight[a:b], None if self.bias is None else self.bias[a:b]) for a, b in shard.views]
+            return kernels.linear(x, self.weight, self.bias)
+        parts = [
+            kernels.linear(x, self.weight[a:b], None if self.bias is None else self.bias[a:b]) for a, b in shard.views
+        ]
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
     def forward(
@@ -510,7 +511,7 @@ class RowParallelLinear(_ShardedLinear):
         (view,) = shard.views
         self._check(x, view.size)
         weight = self.weight if view.size == self.weight.shape[1] else self.weight[:, view.start : view.stop]
-        partial = F.linear(x, weight)
+        partial = kernels.linear(x, weight)
         if self.sequence_sharded:
             sizes = self._token_split(x, num_tokens, shard.group.size(), sharded=False)
             out = yield from comm.reduce_scatter_steps(partial, group=shard.group, sizes=sizes, label=self.label)
