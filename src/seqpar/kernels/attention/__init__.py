@@ -52,7 +52,7 @@ def attention(
     if backend == "auto":
         backend = choose_backend("attention", q.device, q.dtype)
     if not heads or not batch.num_tokens:
-        return q.new_zeros(q.shape), q.new_zeros(q.shape[:2], dtype=_lse_dtype(q))
+        return _nothing(q, k, v)
     scale = q.shape[2] ** -0.5 if softmax_scale is None else softmax_scale
     if backend == "torch":
         return pytorch.attention(q, k, v, batch, softmax_scale=scale, window=window, kv_head_of=heads)
@@ -61,8 +61,10 @@ def attention(
     raise unknown_backend(backend)
 
 
-def _lse_dtype(q: Tensor) -> torch.dtype:
-    return torch.promote_types(q.dtype, torch.float32)
+def _nothing(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """The empty result, still a function of q, k, v: the backward pass of a rank without tokens has collectives too."""
+    out = q + k[:0].sum() + v[:0].sum()
+    return out, out.sum(-1).to(torch.promote_types(q.dtype, torch.float32))
 
 
 def _check(
