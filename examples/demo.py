@@ -44,6 +44,7 @@ class Row:
     decode: float
     prefill_bytes: float
     decode_bytes: float
+    read: int
     weights: int
     kv: int
     correct: bool
@@ -52,6 +53,7 @@ class Row:
 def main() -> int:
     options = parse()
     transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("WORLD_SIZE", "1"))))
     world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     tokenizer = AutoTokenizer.from_pretrained(options.model)
@@ -156,8 +158,9 @@ def measure(options, layout, model, long_prompt) -> tuple[Row, torch.Tensor]:
         decode=steps / statistics.median(decode),
         prefill_bytes=sent_prefill.total.num_bytes / long_prompt.shape[1],
         decode_bytes=sent_decode.total.num_bytes / steps,
-        weights=sum(p.numel() * p.element_size() for p in model.parameters()),
-        kv=out.past_key_values.nbytes_used,
+        read=model.seqpar.report.bytes_read,
+        weights=model.seqpar.weight_bytes,
+        kv=model.seqpar.kv_token_bytes * (ids.shape[1] - 1),
         correct=False,
     )
     return row, ids
@@ -171,8 +174,8 @@ def clock(into: list[float]) -> Iterator[None]:
 
 
 def show(rows: list[Row]) -> None:
-    head = ("layout", "tokens", "prefill", "decode", "sent/token", "sent/token", "weights", "KV used")
-    unit = ("tp x sp", "", "tokens/s", "tokens/s", "prefill, B", "decode, B", "per rank, B", "per rank, B")
+    head = ("layout", "tokens", "prefill", "decode", "sent/token", "sent/token", "read", "weights", "KV used")
+    unit = ("tp x sp", "", "tokens/s", "tokens/s", "prefill, B", "decode, B", "from disk, B", "per rank, B", "per rank, B")
     print("\n" + "\n".join("  ".join(f"{cell:>12}" for cell in line) for line in (head, unit)))
     print("  ".join("-" * 12 for _ in head))
     for row in rows:
@@ -183,6 +186,7 @@ def show(rows: list[Row]) -> None:
             f"{row.decode:,.1f}",
             f"{row.prefill_bytes:,.0f}",
             f"{row.decode_bytes:,.0f}",
+            f"{row.read:,}",
             f"{row.weights:,}",
             f"{row.kv:,}",
         )
