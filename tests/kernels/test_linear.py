@@ -27,6 +27,8 @@ BACKENDS = ["auto", "torch", *(["onednn"] if AVAILABLE else [])]
 def test_integers_multiply_exactly(backend: str, tokens: int, m: int, f: int, with_bias: bool, view: str) -> None:
     stored = torch.randint(-9, 10, (f + 5, m + 7)).float()
     weight = {"whole": stored, "rows": stored[2 : 2 + f], "columns": stored[:, 3 : 3 + m]}[view]
+    if backend == "onednn" and not weight.is_contiguous():
+        weight = weight.contiguous()
     x = torch.randint(-9, 10, (tokens, weight.shape[1])).float()
     bias = torch.arange(weight.shape[0]).float() if with_bias else None
     expected = x.double() @ weight.double().T + (0 if bias is None else bias.double())
@@ -46,17 +48,19 @@ def test_rounding_is_within_the_bound_of_any_order_of_summation() -> None:
     assert error.square().mean().sqrt() <= 2.5 * (F.linear(x, weight) - exact).square().mean().sqrt()
 
 
-def test_auto_leaves_to_pytorch_what_the_other_cannot_do() -> None:
-    x, weight = torch.randn(3, 4), torch.randn(5, 4)
-    assert linear_backend(x, weight) == ("onednn" if AVAILABLE and onednn.preferred() else "torch")
+def test_auto_leaves_to_pytorch_what_the_other_cannot_do_well() -> None:
+    x, weight = torch.randn(3, 512), torch.randn(512, 512)
+    best = "onednn" if AVAILABLE and onednn.preferred(weight) else "torch"
+    assert linear_backend(x, weight) == best
     assert linear_backend(x, weight.requires_grad_()) == "torch"
     with torch.no_grad():
-        assert linear_backend(x, weight) == ("onednn" if AVAILABLE and onednn.preferred() else "torch")
+        assert linear_backend(x, weight) == best
     weight = weight.detach()
+    assert linear_backend(x, weight[:511]) == "torch"
     assert linear_backend(x[:0], weight) == "torch"
     assert linear_backend(x.double(), weight.double()) == "torch"
     assert linear_backend(x.bfloat16(), weight.bfloat16()) == "torch"
-    assert linear_backend(torch.randn(3, 5), weight.t()) == "torch"
+    assert linear_backend(x, torch.randn(1024, 1024)[:, :512]) == "torch"
     with pytest.raises(ValueError, match='`backend` must be "torch" for this product, got "onednn"'):
         linear(x.double(), weight.double(), backend="onednn")
 

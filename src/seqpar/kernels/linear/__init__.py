@@ -23,7 +23,7 @@ def linear(
 ) -> Float[Tensor, "t f"]:
     """Multiply x by the transposed weight and add the bias: `torch.nn.functional.linear`, which is also its definition.
 
-    In:    x[T, M]; weight[F, M], also a view of rows or columns with unit stride in M; bias[F].
+    In:    x[T, M]; weight[F, M], also a view of rows or columns; bias[F].
     Out:   [T, F].
     Grad:  to all three with backend "torch", which "auto" takes where gradients are wanted.
 
@@ -34,7 +34,8 @@ def linear(
         backend = linear_backend(x, weight, bias)
     elif backend == "onednn" and not onednn.takes(x, weight, bias):
         raise ValueError(
-            '`backend` must be "torch" for this product, got "onednn", which takes CPU float32 without gradients'
+            '`backend` must be "torch" for this product, got "onednn", which takes contiguous float32 weights on a CPU, '
+            "without gradients"
         )
     if backend == "onednn":
         return onednn.linear(x, weight, bias)
@@ -42,7 +43,7 @@ def linear(
 
 
 def linear_backend(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Literal["torch", "onednn"]:
-    """The backend that `backend="auto"` stands for: oneDNN for float32 inference on CPUs that MKL does not favour."""
-    if x.is_cpu and onednn.preferred() and onednn.takes(x, weight, bias) and not torch.compiler.is_compiling():
+    """The backend that `backend="auto"` stands for: oneDNN for float32 inference on CPUs that MKL is slow on."""
+    if x.is_cpu and onednn.preferred(weight) and onednn.takes(x, weight, bias) and not torch.compiler.is_compiling():
         return "onednn"
     return "torch"
