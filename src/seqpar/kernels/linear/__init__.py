@@ -34,7 +34,7 @@ def linear(
         backend = linear_backend(x, weight, bias)
     elif backend == "onednn" and not onednn.takes(x, weight, bias):
         raise ValueError(
-            '`backend` must be "torch" for this product, got "onednn", which takes contiguous float32 weights on a CPU, '
+            '`backend` must be "torch" for this product, got "onednn", which takes contiguous float32 weights on CPUs, '
             "without gradients"
         )
     if backend == "onednn":
