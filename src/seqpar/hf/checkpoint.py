@@ -15,7 +15,7 @@ import math
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Self, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
@@ -83,7 +83,7 @@ class Checkpoint:
         self.bytes_read = 0
 
     @classmethod
-    def open(cls, path: Path) -> Self:
+    def open(cls, path: Path) -> Checkpoint:
         """Read the headers of `model.safetensors`, or of the files that `model.safetensors.index.json` names.
 
         Raises:

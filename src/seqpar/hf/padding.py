@@ -130,7 +130,7 @@ class Padding:
         dims, flat = tuple(wanted.shape), wanted.reshape(-1)
         if self.mask is None:
             return Selection(tuple(flat.tolist()), None, dims)
-        keep = self.mask.view(-1)
+        keep = self.mask.reshape(-1)
         row_of = keep.cumsum(0) - 1
         places = keep[flat].nonzero()[:, 0]
         return Selection(tuple(row_of[flat[places]].tolist()), places.to(device), dims)

@@ -10,7 +10,7 @@ import functools
 import hashlib
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any, NamedTuple, Self, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -116,7 +116,7 @@ class Parallelized:
         spec: CacheSpec = self.model.model.cache_spec()
         return 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * spec.dtype.itemsize
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> Parallelized:
         return self
 
     def __exit__(

@@ -1,0 +1,71 @@
+"""Tiny random models of every supported architecture, in float64 so that tokens can be compared exactly."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+
+SHAPES: dict[str, dict[str, Any]] = {
+    # grouped heads that no group of four ranks divides; F and V that nothing divides
+    "llama": {"num_attention_heads": 6, "num_key_value_heads": 2, "hidden_size": 48, "attention_bias": True},
+    # one KV head for five query heads, head_dim not hidden / heads, a window shorter than the prompts
+    "mistral": {
+        "num_attention_heads": 5,
+        "num_key_value_heads": 1,
+        "hidden_size": 40,
+        "head_dim": 16,
+        "sliding_window": 5,
+    },
+    # MHA, bias on q, k, v, tied embeddings, windows in the upper layers only
+    "qwen2": {
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "hidden_size": 32,
+        "use_sliding_window": True,
+        "sliding_window": 6,
+        "max_window_layers": 1,
+        "tie_word_embeddings": True,
+    },
+    # q/k norm, more dims in the heads than in the model
+    "qwen3": {"num_attention_heads": 8, "num_key_value_heads": 4, "hidden_size": 24, "head_dim": 6},
+}
+ARCHITECTURES = tuple(SHAPES)
+
+
+def tiny_config(kind: str, **overrides: Any) -> PretrainedConfig:
+    """A config with three layers and a vocabulary of 67."""
+    common = {
+        "vocab_size": 67,
+        "intermediate_size": 83,
+        "num_hidden_layers": 3,
+        "max_position_embeddings": 128,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": None,
+    }
+    return AutoConfig.for_model(kind, **{**common, **SHAPES[kind], **overrides})
+
+
+def tiny_model(kind: str, *, dtype: torch.dtype = torch.float64, seed: int = 1, **overrides: Any) -> Any:
+    """A model whose every weight, norms and biases included, is random: the same on every rank."""
+    model = AutoModelForCausalLM.from_config(tiny_config(kind, **overrides)).to(dtype)
+    generator = torch.Generator().manual_seed(seed)
+    for param in model.parameters():
+        noise = torch.randn(param.shape, generator=generator, dtype=torch.float64)
+        nn.init.zeros_(param)
+        param.data += 0.3 * noise + (1.0 if param.dim() == 1 and param.shape[0] > 83 else 0.0)
+    return model.eval()
+
+
+def prompts(batch: int, length: int, *, vocab: int = 67, seed: int = 0) -> torch.Tensor:
+    """Random token ids, the same on every rank."""
+    return torch.randint(1, vocab, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def left_padded(ids: torch.Tensor, pads: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The ids with 0 in the first `pads[i]` places of row i, and the mask."""
+    mask = (torch.arange(ids.shape[1]) >= torch.tensor(pads)[:, None]).long()
+    return ids * mask, mask
