@@ -34,8 +34,6 @@ def agree(error: str | ValueError | TypeError | None, *, group: ProcessGroup) ->
     if first is None:
         return
     _, is_type, length = states[first]
-    text = torch.zeros(length, dtype=torch.uint8)
-    if first == group.rank():
-        text = torch.frombuffer(bytearray(message), dtype=torch.uint8)
+    text = torch.tensor(list(message) if first == group.rank() else [0] * length, dtype=torch.uint8)
     text = broadcast_async(text.to(device), src=first, group=group, label="agree").wait()
     raise (TypeError if is_type else ValueError)(bytes(text.tolist()).decode())

@@ -93,7 +93,7 @@ def all_gather_async(
     op, p, rank = "all_gather", group.size(), group.rank()
     dim = _dim(x, dim)
     sizes = _sizes((x.shape[dim],) * p if sizes is None else sizes, "sizes", group)
-    _check_rows(x.shape[dim], sizes[rank], f"x.shape[{dim}]", "this rank's entry of `sizes`")
+    _check_rows(x.shape[dim], sizes[rank], f"`x.shape[{dim}]`", "this rank's entry of `sizes`")
     if p == 1:
         return Handle.finished(op, label, group, x)
     x = x.detach()
@@ -126,7 +126,7 @@ def reduce_scatter_async(
     op, p, rank = "reduce_scatter", group.size(), group.rank()
     dim = _dim(x, dim)
     sizes = _sizes(even_split(x.shape[dim], p) if sizes is None else sizes, "sizes", group)
-    _check_rows(x.shape[dim], sum(sizes), f"x.shape[{dim}]", "the sum of `sizes`")
+    _check_rows(x.shape[dim], sum(sizes), f"`x.shape[{dim}]`", "the sum of `sizes`")
     if p == 1:
         return Handle.finished(op, label, group, x)
     check_summable(x.dtype)
@@ -153,7 +153,7 @@ def all_to_all_async(
     op, p, rank = "all_to_all", group.size(), group.rank()
     send_sizes = _sizes(send_sizes, "send_sizes", group)
     recv_sizes = _sizes(recv_sizes, "recv_sizes", group)
-    _check_rows(x.shape[0], sum(send_sizes), "x.shape[0]", "the sum of `send_sizes`")
+    _check_rows(x.shape[0], sum(send_sizes), "`x.shape[0]`", "the sum of `send_sizes`")
     _check_rows(send_sizes[rank], recv_sizes[rank], "this rank's entry of `send_sizes`", "that of `recv_sizes`")
     if p == 1:
         return Handle.finished(op, label, group, x)
@@ -175,7 +175,7 @@ def broadcast_async(x: Tensor, *, src: int, group: ProcessGroup, label: str = ""
     """Launch the copy of rank `src`'s `x` to all ranks.
 
     In:    x; on other ranks than `src` only its shape and dtype matter.
-    Out:   the value at `src`, replicated (there it is `x` itself).
+    Out:   the value at `src`, replicated; a new tensor on every rank.
     Comm:  `src` sends p-1 times; counted there.
 
     Raises:
@@ -188,7 +188,9 @@ def broadcast_async(x: Tensor, *, src: int, group: ProcessGroup, label: str = ""
     x = x.detach()
     here = group.rank() == src
     count(op, label, (p - 1) * x.numel() * x.itemsize if here else 0)
-    out = x.contiguous() if here else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if here:
+        out.copy_(x)
     moved = _as_bytes(out)
     return _launched(op, label, group, lambda: group.broadcast(moved, src), lambda: out, (out,))
 
@@ -416,7 +418,7 @@ def _sizes(sizes: Sequence[int], name: str, group: ProcessGroup) -> Sequence[int
 
 def _check_rows(actual: int, wanted: int, name: str, bound: str) -> None:
     if actual != wanted:
-        raise ValueError(f"`{name}` must be {bound} ({wanted}), got {actual}")
+        raise ValueError(f"{name} must be {bound} ({wanted}), got {actual}")
 
 
 def _check_rank(rank: int, name: str, group: ProcessGroup) -> None:

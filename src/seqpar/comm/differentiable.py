@@ -43,12 +43,16 @@ Adjoint = Callable[[Tensor], Tensor]
 
 
 class _Adjoint(torch.autograd.Function):
-    """Gives `result`, a linear function of `x` computed without autograd, its gradient."""
+    """Gives `result`, a linear function of `x` computed without autograd, its gradient.
+
+    A result that autograd knew as a view, of an argument or of a buffer, could not be written to by its owner: so it
+    comes in a tuple, and leaves as `data`. Only `x` itself stays a view.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, result: Tensor, adjoint: Adjoint) -> Tensor:
+    def forward(ctx: Any, x: Tensor, result: tuple[Tensor], adjoint: Adjoint) -> Tensor:
         ctx.adjoint = adjoint
-        return result.view_as(result)
+        return x if result[0] is x else result[0].data
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
@@ -58,7 +62,7 @@ class _Adjoint(torch.autograd.Function):
 def with_adjoint(x: Tensor, result: Tensor, adjoint: Adjoint) -> Tensor:
     """`result` with `adjoint` as the way back to `x`, where a gradient is wanted."""
     if torch.is_grad_enabled() and x.requires_grad:
-        out: Tensor = _Adjoint.apply(x, result, adjoint)  # type: ignore[no-untyped-call]
+        out: Tensor = _Adjoint.apply(x, (result,), adjoint)  # type: ignore[no-untyped-call]
         return out
     return result
 
@@ -91,12 +95,12 @@ def reduce_grad(x: Tensor, *, group: ProcessGroup, label: str = "") -> Tensor:
     """`x` itself, whose gradient is summed over the ranks (Megatron's f).
 
     In:    x, replicated.
-    Out:   x.
+    Out:   x, a view of it.
     Grad:  partial; all-reduced to replicated.
     """
     if group.size() == 1:
         return x
-    return with_adjoint(x, x.detach(), partial(all_reduce, group=group, grad="partial", label=_back(label)))
+    return with_adjoint(x, x, partial(all_reduce, group=group, grad="partial", label=_back(label)))
 
 
 def all_gather_steps(
@@ -173,7 +177,7 @@ def broadcast_steps(x: Tensor, *, src: int, group: ProcessGroup, label: str = ""
     """Rank `src`'s `x` on all ranks.
 
     In:    x; on other ranks than `src` only its shape and dtype matter.
-    Out:   the value at `src`, replicated.
+    Out:   the value at `src`, replicated; a new tensor on every rank.
     Grad:  of the output: partial; summed at `src`, zeros elsewhere.
     Comm:  `src` sends p-1 times.
 

@@ -1,0 +1,126 @@
+"""Meshes: who is where, whose groups, and what is refused."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+
+from seqpar import comm
+from tests.ranks import LAYOUTS, run_mesh, run_ranks
+
+
+def places(mesh):
+    g = comm.groups(mesh)
+    ranks = [dist.get_process_group_ranks(group) for group in (g.tp, g.sp, g.flat)]
+    return g.layout, (g.tp.rank(), g.sp.rank(), g.flat.rank()), ranks, mesh.mesh_dim_names
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_the_sequence_axis_is_fastest(layout):
+    tp, sp = layout
+    for rank, (found, place, ranks, names) in enumerate(run_mesh(layout, places)):
+        t, s = divmod(rank, sp)
+        assert (found, place, names) == (layout, (t, s, rank), ("tp", "sp"))
+        assert ranks == [[i * sp + s for i in range(tp)], [t * sp + i for i in range(sp)], list(range(tp * sp))]
+
+
+def replicas(rank, p):
+    mesh = comm.init_mesh(2, 1, "cpu")
+    assert mesh.mesh.tolist() == [[rank // 2 * 2], [rank // 2 * 2 + 1]]
+    return places(mesh)[2]
+
+
+def test_a_larger_world_holds_replicas():
+    assert run_ranks(4, replicas, isolated=True) == [
+        [[0, 1], [0], [0, 1]],
+        [[0, 1], [1], [0, 1]],
+        [[2, 3], [2], [2, 3]],
+        [[2, 3], [3], [2, 3]],
+    ]
+
+
+def refused(rank, p):
+    for (tp, sp), message in (
+        ((3, 1), r"`tp` \* `sp` must divide the number of ranks \(2\), got 3 \* 1 = 3; start 3 ranks"),
+        ((2, 2), r"got 2 \* 2 = 4; start 4 ranks, such as with `torchrun --nproc-per-node 4`"),
+        ((0, 1), r"`tp` and `sp` must be at least 1, got tp=0, sp=1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            comm.init_mesh(tp, sp, "cpu")
+    with pytest.raises(ValueError, match='`device` must be "cpu" or "cuda", got "tpu"'):
+        comm.init_mesh(2, 1, "tpu")
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
+    with pytest.raises(ValueError, match=r'`mesh` must have the axes \("tp", "sp"\), got \(\'tp\',\)'):
+        comm.init_mesh(mesh=mesh)
+    with pytest.raises(ValueError, match="`mesh` must come alone"):
+        comm.init_mesh(2, mesh=mesh)
+
+
+def test_what_cannot_be_is_refused_on_every_rank():
+    run_ranks(2, refused)
+
+
+def own_mesh(rank, p):
+    whole = init_device_mesh("cpu", (2, 1, 2), mesh_dim_names=("dp", "tp", "sp"))
+    mesh = comm.init_mesh(mesh=whole["tp", "sp"])
+    g = comm.groups(mesh)
+    assert g.sp is whole.get_group("sp")
+    assert g.tp is whole.get_group("tp")
+    assert dist.get_process_group_ranks(g.flat) == [rank // 2 * 2, rank // 2 * 2 + 1]
+    assert comm.groups(mesh).flat is g.flat
+    assert [comm.is_deterministic(group) for group in g[1:]] == [False] * 3
+    mesh = comm.init_mesh(mesh=whole["tp", "sp"], deterministic=True)
+    assert [comm.is_deterministic(group) for group in comm.groups(mesh)[1:]] == [True] * 3
+
+
+def test_a_mesh_of_the_users_own_keeps_its_groups():
+    run_ranks(4, own_mesh, isolated=True)
+
+
+def deterministic(mesh):
+    return [comm.is_deterministic(group) for group in comm.groups(mesh)[1:]], comm.describe(comm.groups(mesh).sp)
+
+
+def test_deterministic_is_a_property_of_the_mesh():
+    assert run_mesh((1, 2), deterministic, deterministic=True)[0] == (
+        [True] * 3,
+        "group `sp deterministic` (ranks 0, 1)",
+    )
+    assert run_mesh((1, 2), deterministic)[0] == ([False] * 3, "group `sp` (ranks 0, 1)")
+
+
+def in_a_plain_process(script, **environment):
+    kept = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
+    command = [sys.executable, "-c", script]
+    return subprocess.run(command, env=kept | environment, capture_output=True, text=True, check=True).stdout
+
+
+def test_one_plain_process_needs_no_launcher():
+    script = (
+        "import torch; from seqpar import comm; mesh = comm.init_mesh(device='cpu'); g = comm.groups(mesh);"
+        "print(g.layout, comm.all_reduce(torch.ones(2), group=g.flat).tolist())"
+    )
+    assert in_a_plain_process(script) == "Layout(tp=1, sp=1) [1.0, 1.0]\n"
+
+
+def test_torchruns_environment_is_used(free_port):
+    script = """
+import torch, torch.distributed as dist
+from seqpar import comm
+groups = comm.groups(comm.init_mesh(device="cpu", timeout_s=7))
+print(groups.layout, dist.get_world_size(), groups.flat._get_backend(torch.device("cpu")).options._timeout)
+"""
+    out = in_a_plain_process(script, RANK="0", WORLD_SIZE="1", MASTER_ADDR="localhost", MASTER_PORT=str(free_port))
+    assert out == "Layout(tp=1, sp=1) 1 0:00:07\n"
+
+
+@pytest.fixture
+def free_port():
+    import socket
+
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        return s.getsockname()[1]
