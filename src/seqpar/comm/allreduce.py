@@ -48,5 +48,11 @@ def sum_in_rank_order(parts: Sequence[Tensor]) -> Tensor:
 
 def check_summable(dtype: torch.dtype) -> None:
     """Raise TypeError where a sum over ranks of this dtype is not defined, or wrong in a backend."""
-    if dtype == torch.bool or dtype.is_complex or (dtype.is_floating_point and dtype.itemsize == 1):
+    if dtype not in _SUMMABLE:
         raise TypeError(f"`x` must have a real dtype of at least 16 bits, or an integer one, to be summed, got {dtype}")
+
+
+_SUMMABLE = frozenset(
+    {torch.float32, torch.bfloat16, torch.float16, torch.float64}
+    | {torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8}
+)

@@ -57,21 +57,21 @@ Phase = Callable[[Tensor], Handle]
 
 def all_reduce_phases(x: Tensor, group: ProcessGroup, label: str) -> tuple[Handle, Phase | None]:
     """Launch an all-reduce; and, if it takes two phases, how to launch the second with the result of the first."""
-    op, p, rank, n = "all_reduce", group.size(), group.rank(), x.numel()
+    op, p, n = "all_reduce", group.size(), x.numel()
     if p == 1:
         return Handle.finished(op, label, group, x), None
     check_summable(x.dtype)
     x = x.detach()
-    size = n * x.itemsize
-    sizes = even_split(n, p)
-    best = (n + (p - 2) * sizes[rank]) * x.itemsize
-    algorithm = all_reduce_algorithm(size, p, is_deterministic(group), x.device.type)
-    count(op, label, best, (p - 1) * size if algorithm == "one_shot" else best)
+    algorithm = all_reduce_algorithm(n * x.itemsize, p, is_deterministic(group), x.device.type)
+    own = (n + p - 1 - group.rank()) // p  # this rank's part of an even split
+    least = n + (p - 2) * own
+    count(op, label, least * x.itemsize, ((p - 1) * n if algorithm == "one_shot" else least) * x.itemsize)
     if algorithm == "one_shot":
         return _one_shot(op, label, group, x), None
     if algorithm == "backend":
         out = x.clone(memory_format=torch.contiguous_format)  # gloo reduces only part of a strided tensor
         return _launched(op, label, group, lambda: group.allreduce([out]), lambda: out, (out,)), None
+    sizes = even_split(n, p)
     return (
         _reduce_parts(op, label, group, x.contiguous().view(-1), sizes),
         lambda part: _gather_parts(op, label, group, part, sizes, lambda flat: flat.view(x.shape)),
@@ -99,13 +99,13 @@ def all_gather_async(
     x = x.detach()
     count(op, label, (p - 1) * x.numel() * x.itemsize)
     others = prod(x.shape[:dim] + x.shape[dim + 1 :])
-    shapes = [(*x.shape[:dim], size, *x.shape[dim + 1 :]) for size in sizes]
     elements = [size * others for size in sizes]
 
     def unpack(flat: Tensor) -> Tensor:
         if dim == 0:
             return flat.view(sum(sizes), *x.shape[1:])
-        return torch.cat([part.view(shape) for part, shape in zip(flat.split(elements), shapes, strict=True)], dim)
+        parts = zip(flat.split(elements), sizes, strict=True)
+        return torch.cat([part.view(*x.shape[:dim], size, *x.shape[dim + 1 :]) for part, size in parts], dim)
 
     return _gather_parts(op, label, group, x.contiguous().view(-1), elements, unpack)
 
@@ -224,7 +224,7 @@ def reduce_async(x: Tensor, *, dst: int, group: ProcessGroup, label: str = "") -
         group,
         (flat[:0], [0] * p),
         (recv, _all_but(rank, n, p)),
-        lambda: sum_in_rank_order(_with_own(recv, flat, p, rank)).view(x.shape),
+        lambda: _sum_with_own(recv, flat, p, rank).view(x.shape),
     )
 
 
@@ -320,7 +320,7 @@ def _one_shot(op: str, label: str, group: ProcessGroup, x: Tensor) -> Handle:
         group,
         (flat if p == 2 else flat.repeat(p - 1), sizes),
         (recv, sizes),
-        lambda: sum_in_rank_order(_with_own(recv, flat, p, rank)).view(x.shape),
+        lambda: _sum_with_own(recv, flat, p, rank).view(x.shape),
     )
 
 
@@ -341,8 +341,9 @@ def _reduce_parts(op: str, label: str, group: ProcessGroup, flat: Tensor, sizes:
     recv = flat.new_empty((p - trimmed) * mine)
 
     def finish() -> Tensor:
-        own = flat[_own(sizes, rank)]
-        return sum_in_rank_order(_with_own(recv, own, p, rank) if trimmed else recv.view(p, mine).unbind(0))
+        if trimmed:
+            return _sum_with_own(recv, flat[_own(sizes, rank)], p, rank)
+        return sum_in_rank_order(recv.view(p, mine).unbind(0))
 
     recv_sizes = _all_but(rank, mine, p) if trimmed else [mine] * p
     return exchange(op, label, group, (send, send_sizes), (recv, recv_sizes), finish)
@@ -385,11 +386,13 @@ def _own(sizes: Sequence[int], rank: int) -> slice:
     return slice(start, start + sizes[rank])
 
 
-def _with_own(others: Tensor, own: Tensor, p: int, rank: int) -> list[Tensor]:
-    """The p parts in rank order, of which `others` holds all but this rank's."""
+def _sum_with_own(others: Tensor, own: Tensor, p: int, rank: int) -> Tensor:
+    """The sum in rank order of p parts, of which `others` holds all but this rank's; `others` may be written."""
+    if p == 2:
+        return others.add_(own)  # one rounding, and the order of two does not matter
     parts = list(others.view(p - 1, own.numel()).unbind(0))
     parts.insert(rank, own)
-    return parts
+    return sum_in_rank_order(parts)
 
 
 def _all_but(rank: int, size: int, p: int) -> list[int]:

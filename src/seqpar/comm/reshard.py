@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 
 import torch
 from jaxtyping import Shaped
@@ -59,9 +59,14 @@ class Reshard:
         """Elements that rank `rank` exchanges with each rank on its tall side."""
         return [tokens * self.widths[rank] for tokens in self.tokens]
 
+    @cached_property
+    def equal(self) -> bool:
+        """Whether the columns tile in blocks of one width."""
+        return self.tiles and len(set(self.widths)) == 1
+
     def pack(self, x: Tensor) -> Tensor:
         """The columns of each rank as one block after another, flat."""
-        if self.tiles and len(set(self.widths)) == 1:
+        if self.equal:
             return x.view(len(x), len(self.widths), self.widths[0]).transpose(0, 1).contiguous().view(-1)
         blocks = x.new_empty(len(x) * sum(self.widths))
         for block, ranges in zip(self._blocks(blocks, len(x)), self.columns, strict=True):
@@ -74,7 +79,7 @@ class Reshard:
     def unpack(self, flat: Tensor, rows: int) -> Tensor:
         """The adjoint of `pack`: every block back at its columns, summed where they overlap."""
         if self.tiles:
-            if len(set(self.widths)) == 1:
+            if self.equal:
                 return flat.view(len(self.widths), rows, self.widths[0]).transpose(0, 1).reshape(rows, self.width)
             return torch.cat(self._blocks(flat, rows), 1)
         wide = torch.promote_types(flat.dtype, torch.float32) if flat.is_floating_point() else flat.dtype
@@ -89,6 +94,21 @@ class Reshard:
     def _blocks(self, flat: Tensor, rows: int) -> list[Tensor]:
         parts = flat.split([rows * width for width in self.widths])
         return [part.view(rows, width) for part, width in zip(parts, self.widths, strict=True)]
+
+
+# Plans are few and layers ask for the same one at every step; making one takes as long as an exchange's launch.
+@lru_cache(maxsize=1024)
+def _plan(columns: tuple[tuple[Range, ...], ...], tokens: tuple[int, ...], width: int) -> Reshard:
+    if any(not 0 <= r.start <= r.stop <= width for ranges in columns for r in ranges):
+        raise ValueError(f"`columns` must lie within the columns of `x` ({width}), got {columns}")
+    return Reshard(columns, tokens, width)
+
+
+@lru_cache(maxsize=1024)
+def _tiling(widths: tuple[int, ...], tokens: tuple[int, ...]) -> Reshard:
+    ends = [sum(widths[: i + 1]) for i in range(len(widths))]
+    columns = tuple((Range(end - width, end),) for width, end in zip(widths, ends, strict=True))
+    return Reshard(columns, tokens, sum(widths))
 
 
 def seq_to_heads_steps(
@@ -111,7 +131,7 @@ def seq_to_heads_steps(
 
     Source: DeepSpeed-Ulysses, arXiv:2309.14509.
     """
-    plan = Reshard(tuple(tuple(Range(*r) for r in ranges) for ranges in columns), tuple(tokens), x.shape[1])
+    plan = _plan(tuple(map(tuple, columns)), tuple(tokens), x.shape[1])
     _check(plan, x, plan.tokens[group.rank()], plan.width, group)
     return (yield from _to_heads_steps(x, plan=plan, group=group, label=label))
 
@@ -136,9 +156,7 @@ def heads_to_seq_steps(
 
     Source: DeepSpeed-Ulysses, arXiv:2309.14509.
     """
-    ends = [sum(widths[: i + 1]) for i in range(len(widths))]
-    columns = tuple((Range(end - width, end),) for width, end in zip(widths, ends, strict=True))
-    plan = Reshard(columns, tuple(tokens), sum(widths))
+    plan = _tiling(tuple(widths), tuple(tokens))
     _check(plan, x, sum(plan.tokens), plan.widths[group.rank()], group)
     return (yield from _to_seq_steps(x, plan=plan, group=group, label=label))
 
@@ -189,9 +207,6 @@ def _check(plan: Reshard, x: Tensor, rows: int, width: int, group: ProcessGroup)
         raise ValueError(
             f"`x` must be [{rows}, {width}] on rank {group.rank()} of {describe(group)}, got {list(x.shape)}"
         )
-    ranges = [r for ranges in plan.columns for r in ranges]
-    if any(not 0 <= r.start <= r.stop <= plan.width for r in ranges):
-        raise ValueError(f"`columns` must lie within the columns of `x` ({plan.width}), got {plan.columns}")
 
 
 _to_heads = _plain(_to_heads_steps)
