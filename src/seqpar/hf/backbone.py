@@ -88,14 +88,16 @@ class ParallelBackbone(nn.Module):
     def forward(
         self,
         input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        attention_mask: Any = None,
+        position_ids: Any = None,
+        past_key_values: Any = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast | tuple[Any, ...]:
         """Run the stack; arguments and result as `LlamaModel.forward`, the same on every rank.
+
+        In:    ids[B, S] or embeddings[B, S, M]; a mask[B, cached + S] of zeros and ones; positions[B, S]; a cache.
 
         Out:   `last_hidden_state`[B, S, M] and, if asked for, `hidden_states`, replicated; zeros at padding.
         Grad:  replicated in, replicated out; weights need `seqpar.layers.sync_gradients`.
@@ -112,9 +114,9 @@ class ParallelBackbone(nn.Module):
     def steps(
         self,
         input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        attention_mask: Any = None,
+        position_ids: Any = None,
+        past_key_values: Any = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         **kwargs: Any,

@@ -15,6 +15,7 @@ ARCHITECTURES = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
 }
+THE_MODEL = "the model"
 _PLAIN = (
     "Linear",
     "Embedding",
@@ -83,22 +84,21 @@ def check_model(model: Any) -> None:
     if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
         raise ValueError(f"`model` must lie on one device, got {model.hf_device_map}")
     for path, module in model.named_modules():
-        _check_module(path or "the model", module, type(model).__module__)
+        _check_module(path or THE_MODEL, module, type(model).__module__)
 
 
 def _check_module(path: str, module: nn.Module, home: str) -> None:
+    """Refuse a module that is not what Transformers built: the swap would lose what was added."""
     kind = type(module)
-    if kind.__module__ != home and not (
-        kind.__module__.startswith(("torch.nn.", "transformers.")) and kind.__name__ in _PLAIN
-    ):
+    plain = kind.__module__.startswith(("torch.nn.", "transformers.")) and kind.__name__ in _PLAIN
+    if kind.__module__ != home and not plain:
         raise ValueError(f"`{path}` must be unwrapped before the model is sliced, got {kind.__name__}")
     if getattr(module, "gradient_checkpointing", False):
-        raise ValueError(
-            "gradient checkpointing must be disabled, got it enabled; call gradient_checkpointing_disable()"
-        )
+        raise ValueError("gradient checkpointing must be off, got it on; call activation_checkpointing_disable()")
     hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values(), *module._backward_hooks.values()]
-    foreign = [hook for hook in hooks if getattr(hook, "__module__", "") != "transformers.utils.output_capturing"]
-    if foreign and path != "the model":
+    added = [hook for hook in hooks if getattr(hook, "__module__", "") != "transformers.utils.output_capturing"]
+    added += [module.forward] if "forward" in module.__dict__ else []
+    if added and path != THE_MODEL:  # hooks of the causal LM itself stay where they are
         raise ValueError(
-            f"`{path}` must carry no hooks when it is swapped out, got {foreign[0]!r}; register them afterwards"
+            f"`{path}` must carry no hooks when it is swapped out, got {added[0]!r:.80}; register them afterwards"
         )

@@ -211,9 +211,11 @@ def _digest(model: PreTrainedModel) -> bytes:
 def _hand_down(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Before the causal LM's forward: let the stack return only the rows that the head is asked for."""
     _check_labels(kwargs)
-    if kwargs.get("output_hidden_states", model.config.output_hidden_states) or "logits_to_keep" not in kwargs:
-        return None
-    return args, {**kwargs, "logits_to_keep": 0, KEEP: kwargs["logits_to_keep"]}
+    keep = kwargs.get("logits_to_keep", 0)
+    flattens = isinstance(keep, Tensor) and keep.dim() == 2 and keep.dtype == torch.bool
+    if flattens or kwargs.get("output_hidden_states", model.config.output_hidden_states):
+        return None  # all rows are wanted, or Transformers will drop the batch dim
+    return args, {**kwargs, "logits_to_keep": 0, KEEP: keep} if "logits_to_keep" in kwargs else kwargs
 
 
 def _check_labels(kwargs: dict[str, Any]) -> None:
