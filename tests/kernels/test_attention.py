@@ -5,13 +5,11 @@ from __future__ import annotations
 import math
 import random
 from collections import Counter
-from collections.abc import Iterator
 
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from jaxtyping import config as jaxtyping_config
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -234,19 +232,11 @@ def test_the_choice_can_be_asked() -> None:
     assert choose_backend("attention", torch.device("cuda"), torch.float64) == "reference"
 
 
-@pytest.fixture
-def _own_errors() -> Iterator[None]:
-    """Without the shape checker of tests, which would speak first."""
-    jaxtyping_config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping_config.update("jaxtyping_disable", False)
-
-
 Q, K = torch.zeros(4, 4, 8), torch.zeros(4, 2, 8)
 PAGES = torch.zeros(2, 4, 2, 8)
 
 
-@pytest.mark.usefixtures("_own_errors")
+@pytest.mark.usefixtures("own_errors")
 @pytest.mark.parametrize(
     ("q", "k", "v", "options", "message"),
     [
@@ -270,7 +260,7 @@ def test_bad_input_is_refused(q: Tensor, k: Tensor, v: Tensor, options: dict[str
         attention(q, k, v, RaggedBatch.prefill([4]), **options)
 
 
-@pytest.mark.usefixtures("_own_errors")
+@pytest.mark.usefixtures("own_errors")
 def test_pages_of_another_size_are_refused() -> None:
     batch = RaggedBatch.build([4], [4], [[0]], 8)
     with pytest.raises(ValueError, match=r"`k` must be pages \[pages, 8, kv_heads, head_dim\], got \[2, 4, 2, 8\]"):

@@ -98,9 +98,7 @@ def _locate(batch: RaggedBatch, request: int, first: int) -> tuple[int, tuple[in
 
 def _join(group: Group, item: Group) -> Group | None:
     """`group` with one more request, when that one has its shape and keeps its spacing."""
-    stride = (item.start - group.start) // group.requests
+    stride = item.start - group.start - (group.requests - 1) * group.stride
     alike = (item.q_len, item.prefix) == (group.q_len, group.prefix) and not (item.pages or group.pages)
-    even = stride >= 0 and item.start == group.start + group.requests * stride and group.stride in (stride, 0)
-    if not alike or not even or (group.requests > 1 and group.stride != stride):
-        return None
-    return group._replace(requests=group.requests + 1, stride=stride)
+    even = stride >= 0 and (group.requests == 1 or stride == group.stride)
+    return group._replace(requests=group.requests + 1, stride=stride) if alike and even else None

@@ -1,0 +1,52 @@
+"""SwiGLU over packed sub-blocks against the formula on separate matrices."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from seqpar.kernels import swiglu
+from seqpar.partition import even_split
+
+BACKENDS = ["torch", "reference"]
+sizes = st.lists(st.integers(0, 5), min_size=1, max_size=5) | st.tuples(st.integers(0, 20), st.integers(1, 4)).map(
+    lambda split: even_split(*split)
+)
+
+
+def packed(gate: torch.Tensor, up: torch.Tensor, blocks: list[int]) -> torch.Tensor:
+    pairs = zip(gate.split(blocks, 1), up.split(blocks, 1), strict=True)
+    return torch.cat([part for pair in pairs for part in pair], 1)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@given(blocks=sizes.map(list), tokens=st.integers(0, 4))
+@settings(max_examples=60, deadline=None)
+def test_packing_does_not_change_a_bit(backend: str, dtype: torch.dtype, blocks: list[int], tokens: int) -> None:
+    gate, up = torch.randn(2, tokens, sum(blocks)).to(dtype)
+    buffer = torch.cat([torch.randn(tokens, 3).to(dtype), packed(gate, up, blocks)], 1)  # a view of a wider one
+    before = buffer.clone()
+    out = swiglu(buffer[:, 3:], blocks, backend=backend)
+    torch.testing.assert_close(
+        out, swiglu(packed(gate, up, [sum(blocks)]), [sum(blocks)], backend=backend), rtol=0, atol=0
+    )
+    # silu is taken vector by vector, its last bit depends on the place in a vector
+    torch.testing.assert_close(out, F.silu(gate) * up, rtol=4 * torch.finfo(dtype).eps, atol=0)
+    assert out.is_contiguous() and torch.equal(buffer, before)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients(backend: str) -> None:
+    x = torch.randn(3, 14, dtype=torch.float64, requires_grad=True)
+    torch.autograd.gradcheck(lambda x: swiglu(x, (3, 2, 2), backend=backend), (x,))
+
+
+@pytest.mark.parametrize(("columns", "blocks"), [(8, (2, 1)), (6, (4, -1)), (0, ())])
+@pytest.mark.usefixtures("own_errors")
+def test_bad_input_is_refused(columns: int, blocks: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=rf"`gate_up` must have a gate and an up column .* got {columns} for blocks"):
+        swiglu(torch.zeros(2, columns), blocks)
