@@ -17,7 +17,7 @@ PEERS_STAMP := $(PEERS)/.installed
 # PyTorch's CPU index, offered to pip only where it answers: the machine may be offline or have its own wheels.
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 HAS_INDEX := import urllib.request as u; u.urlopen("$(CPU_INDEX)/torch/", timeout=5)
-PIP = $(1)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-cpu.txt \
+PIP = $(1)/bin/python -m pip install -qq --disable-pip-version-check -c constraints-cpu.txt \
   $$($(1)/bin/python -c '$(HAS_INDEX)' 2>/dev/null && echo --extra-index-url $(CPU_INDEX))
 
 # One compute thread a rank: ranks share the cores, and torchrun would otherwise set this with a warning.
@@ -47,8 +47,7 @@ lint: $(STAMP)  ## format, lint, types, layering
 	@$(BIN)/ruff format --check --quiet . || { $(BIN)/ruff format --check .; exit 1; }
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/mypy --strict src
-	@$(BIN)/lint-imports --no-logo > .lint-imports.log || { cat .lint-imports.log; rm -f .lint-imports.log; exit 1; }
-	@rm -f .lint-imports.log
+	@out=$$($(BIN)/lint-imports --no-logo) || { echo "$$out"; exit 1; }
 
 test: lint  ## what CI runs: lint, then the fast tests
 	@echo "test: pytest"

@@ -293,7 +293,7 @@ class CollectiveCounter(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         name = func.name()
-        self.count += name.startswith(("c10d::", "_c10d_functional::")) and "wait" not in name
+        self.count += name.startswith(("c10d::", "_c10d_functional::")) and "_tensor" not in name  # neither wait nor wrap
         return func(*args, **(kwargs or {}))
 
 

@@ -58,7 +58,7 @@ def test_import_loads_neither_torch_nor_transformers() -> None:
 def test_core_needs_no_transformers() -> None:
     use = "; ".join(f"seqpar.{name}" for name in ("comm", "kernels", "kv", "layers", "init_mesh"))
     loaded = json.loads(python(f"import sys, json, seqpar; {use}; print(json.dumps(sorted(sys.modules)))"))
-    assert "torch" in loaded and not {"transformers", "tqdm", "matplotlib"} & set(loaded)
+    assert "torch" in loaded and not {"transformers", "huggingface_hub", "matplotlib"} & set(loaded)
 
 
 def test_import_time() -> None:
