@@ -1,14 +1,13 @@
 #!/usr/bin/env bash
-# Check, then time, then write: the GPU suite and benchmarks on one CUDA machine.
+# Check, then write: the GPU suite on one CUDA machine. Benchmarks that have a CUDA form are to be timed here, after it.
 #
-#   benchmarks/gpu.sh FOLDER [--quick]
+#   benchmarks/gpu.sh FOLDER
 #
-# Writes FOLDER/{machine.txt,tests.log,*.json,*.png}; exits non-zero when a test or a result is wrong. It installs nothing
+# Writes FOLDER/{machine.txt,tests.log}; exits non-zero when a test or a result is wrong. It installs nothing
 # and needs torch, triton, transformers, einops, jaxtyping, beartype, hypothesis and pytest on the path; runs in minutes.
 set -u -o pipefail
 cd "$(dirname "$0")/.."
-out=${1:?usage: benchmarks/gpu.sh FOLDER [--quick]}
-quick=${2:-}
+out=${1:?usage: benchmarks/gpu.sh FOLDER}
 mkdir -p "$out"
 export PYTHONPATH="$PWD/src:$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 TRITON_INTERPRET=0
 failed=0
@@ -21,11 +20,5 @@ failed=0
 
 echo "== tests"
 python3 -m pytest -q -m gpu tests 2>&1 | tee "$out/tests.log" || failed=1
-
-# Benchmarks that have a CUDA form are listed here; each refuses to print a time over a wrong result.
-for name in; do
-  echo "== $name"
-  python3 "benchmarks/$name.py" $quick --json "$out/$name.json" --plot "$out/$name.png" || failed=1
-done
 
 exit $failed

@@ -196,6 +196,29 @@ def test_counts_and_bytes_are_the_formulas() -> None:
     assert sp == [("all_to_all", "self_attn.core", 2, there + back)]
 
 
+def program(mesh: comm.DeviceMesh, case: Case) -> list[str]:
+    """What the layer yields, in order."""
+    groups, oracle = comm.groups(mesh), reference(case)
+    layer = parallel(case, mesh, oracle)
+    x, batch, cos, sin = inputs(case)
+    steps, value, seen = layer.steps(x[my_tokens(case, groups, len(x))], batch, cos, sin), None, []
+    try:
+        while True:
+            item = steps.send(value)
+            seen.append(f"mark {item.layer}" if isinstance(item, comm.Mark) else item.op)
+            value = item.wait()
+    except StopIteration:
+        return seen
+
+
+def test_the_program_marks_its_cache_append_between_the_exchanges() -> None:
+    case = Case(8, 2, q_lens=(7, 2, 3))
+    assert run_mesh((1, 2), program, case)[0] == ["all_to_all", "mark 0", "all_to_all"]
+    assert run_mesh((2, 1), program, case)[0] == ["mark 0", "all_reduce", "all_reduce"]
+    both = ["all_to_all", "mark 0", "all_to_all", "all_reduce", "all_reduce"]
+    assert run_mesh((2, 2), program, case)[3] == both
+
+
 class LowRank(nn.Module):
     """A PEFT-style wrapper: the base layer plus a trained low-rank path."""
 

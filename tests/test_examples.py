@@ -1,0 +1,55 @@
+"""The examples run as a user starts them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def torchrun(ranks: int, *arguments: str, timeout_s: float = 240) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=1", "--rdzv-backend=c10d"]
+    command += ["--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1", f"--nproc-per-node={ranks}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}
+    return subprocess.run(
+        [*command, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout_s
+    )
+
+
+def test_demo_checks_every_layout_of_two_ranks() -> None:
+    done = torchrun(2, "examples/demo.py", "--new-tokens", "8", "--prompt-tokens", "96")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("tokens equal to Transformers'") == 4 and "WRONG" not in done.stdout
+    assert "2 x 1" in done.stdout and "1 x 2" in done.stdout
+
+
+def test_demo_fails_on_a_wrong_token(tmp_path: Path) -> None:
+    """The same script with one weight changed after loading must notice, on every rank, and say where."""
+    script = tmp_path / "wrong.py"
+    script.write_text(
+        "import sys, torch\n"
+        f"sys.path.insert(0, {str(ROOT / 'examples')!r})\n"
+        "import demo, seqpar\n"
+        "load = seqpar.hf.load\n"
+        "def broken(*args, **kwargs):\n"
+        "    model = load(*args, **kwargs)\n"
+        "    with torch.no_grad():\n"
+        "        model.model.norm.weight.neg_()\n"
+        "    return model\n"
+        "seqpar.hf.load = broken\n"
+        "sys.exit(demo.main())\n"
+    )
+    done = torchrun(2, str(script), "--new-tokens", "4", "--prompt-tokens", "32")
+    assert done.returncode != 0 and "WRONG TOKEN in row" in done.stdout
+
+
+@pytest.mark.slow
+def test_demo_checks_every_layout_of_four_ranks() -> None:
+    done = torchrun(4, "examples/demo.py", "--new-tokens", "16", timeout_s=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("tokens equal to Transformers'") == 6
