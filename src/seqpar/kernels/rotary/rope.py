@@ -82,12 +82,11 @@ class RopeConfig:
         Raises:
             ValueError: a parameter that is not known here.
         """
-        given: dict[str, Any] = {name: value for name, value in parameters.items() if value is not None}
+        given = {name: _plain(name, value) for name, value in parameters.items() if value is not None}
         given.setdefault("rope_type", given.pop("type", "default"))
         unknown = given.keys() - {field.name for field in fields(cls)}
         if unknown:
             raise ValueError(f"`parameters` must be rope parameters known here, got {', '.join(sorted(unknown))}")
-        given.update({name: tuple(given[name]) for name in ("short_factor", "long_factor") if name in given})
         given.setdefault("max_position_embeddings", max_position_embeddings)
         return cls(head_dim=head_dim, **given)
 
@@ -161,7 +160,7 @@ class RopeConfig:
     def _yarn(self, wavelength: Tensor) -> Tensor:
         """Interpolate the slow pairs, keep the fast ones, and ramp in between."""
         pairs = self.rotary_dim // 2
-        low, high = self._turns_at(self.beta_fast or 32), self._turns_at(self.beta_slow or 1)
+        low, high = self._turns_at(self.beta_fast or 32.0), self._turns_at(self.beta_slow or 1.0)
         if self.truncate:
             low, high = math.floor(low), math.ceil(high)
         low, high = max(low, 0), min(high, self.rotary_dim - 1)
@@ -208,6 +207,14 @@ def rope_table(
     angles = positions[:, None].float() * config.inv_freq(seq_len, positions.device)
     cos, sin = angles.cos() * config.attention_scaling, angles.sin() * config.attention_scaling
     return torch.cat((cos, cos), -1).to(dtype), torch.cat((sin, sin), -1).to(dtype)
+
+
+def _plain(name: str, value: Any) -> Any:
+    """A parameter as the fields have it: JSON writes lists, and whole floats as integers."""
+    if isinstance(value, list | tuple):
+        return tuple(float(entry) for entry in value)
+    whole = isinstance(value, int) and not isinstance(value, bool) and not name.endswith("max_position_embeddings")
+    return float(value) if whole else value
 
 
 def _mscale(stretch: float, mscale: float = 1.0) -> float:
