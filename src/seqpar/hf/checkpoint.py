@@ -168,7 +168,7 @@ def parse_object(file: Path, text: bytes) -> dict[str, Any]:
         return found
 
     try:
-        header = json.loads(text, object_pairs_hook=unique)
+        header = json.loads(text.decode(), object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:  # also UnicodeDecodeError and JSONDecodeError
         raise ValueError(f"`{file}` must hold valid JSON, got {error}") from None
     if not isinstance(header, dict):
