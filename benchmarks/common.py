@@ -98,6 +98,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     args = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     args.add_argument("--quick", action="store_true", help="fewer sizes and rounds: a look, not a result")
     args.add_argument("--json", type=Path, metavar="FILE", help="write meta and rows here")
+    args.add_argument("--markdown", type=Path, metavar="FILE", help="put the table of rows here, text around it stays")
     args.add_argument("--plot", type=Path, metavar="FILE", help="draw the ratios here (needs matplotlib)")
     args.add_argument("--machine", default=_machine(), help="what to call this machine (default: %(default)s)")
     return args
@@ -225,8 +226,31 @@ def report(args: argparse.Namespace, about: dict[str, Any], rows: Sequence[Row],
         print(f"  {row.name:{width}}  {row.value:10.3f} {row.unit:6} {interval:14} {target}".rstrip())
     if args.json:
         args.json.write_text(json.dumps({"meta": about, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
+    if args.markdown:
+        _fill_in(args.markdown, _table(about, rows))
     if args.plot:
         _plot(args.plot, [row for row in rows if row.interval], f"{title}\n{about['machine']}, {about['date']}")
+
+
+def _table(about: dict[str, Any], rows: Sequence[Row]) -> str:
+    versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items() if number)
+    lines = [f"{about['machine']}, {about['date']}; {versions}.", ""]
+    lines += ["| | value | 95 % interval | target | |", "|---|---:|:---:|---:|---|"]
+    for row in rows:
+        interval = f"{row.interval[0]:.2f} to {row.interval[1]:.2f}" if row.interval else ""
+        target = "" if row.target is None else f"{row.target:g}"
+        verdict = {None: "", True: "met", False: "**missed**"}[row.ok]
+        value = f"{row.value:.3g}" if row.value < 100 else f"{row.value:.0f}"
+        lines.append(f"| {row.name} | {value} {row.unit} | {interval} | {target} | {verdict} |")
+    return "\n".join(lines)
+
+
+def _fill_in(path: Path, table: str) -> None:
+    """Replace what stands between the two markers, or begin a file."""
+    begin, end = "<!-- begin of the generated table -->", "<!-- end of the generated table -->"
+    text = path.read_text() if path.exists() else f"{begin}\n{end}\n"
+    before, after = text.split(begin)[0], text.split(end)[1]
+    path.write_text(f"{before}{begin}\n{table}\n{end}{after}")
 
 
 def _plot(path: Path, rows: Sequence[Row], title: str) -> None:

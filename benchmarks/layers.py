@@ -83,6 +83,7 @@ LAYER_CASES = (
 )
 QUICK_LAYER_CASES = (Case("decode", 1, 20), Case("decode", 8, 10), Case("decode", 64, 6), Case("prefill", 512, 4))
 ULYSSES_CASES = (
+    Case("ulysses", 8, 100),
     Case("ulysses", 64, 100),
     Case("ulysses", 512, 60),
     Case("ulysses", 2048, 25),
@@ -293,7 +294,9 @@ class CollectiveCounter(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         name = func.name()
-        self.count += name.startswith(("c10d::", "_c10d_functional::")) and "_tensor" not in name  # neither wait nor wrap
+        self.count += (
+            name.startswith(("c10d::", "_c10d_functional::")) and "_tensor" not in name
+        )  # neither wait nor wrap
         return func(*args, **(kwargs or {}))
 
 
