@@ -108,6 +108,35 @@ class RaggedBatch:
         where = index if positions is None else positions
         return cls(q_lens, kv_lens, where.to(device), slots.to(device), table.to(device), page_size)
 
+    def split(self, cuts: Sequence[int]) -> tuple[RaggedBatch, ...]:
+        """The batch as consecutive chunks, cut before the tokens `cuts`, also inside a request.
+
+        A chunk sees the keys of the chunks before it in the cache, so they must be appended first; requests that lie
+        wholly after a chunk are part of it with no new tokens and no keys of this step.
+
+        Raises:
+            ValueError: cuts that are not in order or not within the batch, or a batch without a cache.
+        """
+        bounds = [0, *cuts, self.num_tokens]
+        if any(a > b for a, b in pairwise(bounds)):
+            raise ValueError(f"`cuts` must be in order and lie in [0, {self.num_tokens}], got {list(cuts)}")
+        if cuts and not self.has_cache:
+            raise ValueError("`cuts` must be empty for a batch without a cache, whose chunks could not see each other")
+        return tuple(self._chunk(start, stop) for start, stop in pairwise(bounds))
+
+    def _chunk(self, start: int, stop: int) -> RaggedBatch:
+        """The tokens [start, stop) and the keys that they may see."""
+        ends = [min(max(stop, first), last) for first, last in pairwise(self.q_starts)]
+        begins = [min(max(start, first), last) for first, last in pairwise(self.q_starts)]
+        later = [last - end for end, last in zip(ends, self.q_starts[1:], strict=True)]
+        return replace(
+            self,
+            q_lens=tuple(end - begin for begin, end in zip(begins, ends, strict=True)),
+            kv_lens=tuple(keys - rest for keys, rest in zip(self.kv_lens, later, strict=True)),
+            positions=self.positions[start:stop],
+            slots=self.slots[start:stop],
+        )
+
     def to(self, device: torch.device | str) -> RaggedBatch:
         """The same batch with its tensors on `device`."""
         moved = {name: getattr(self, name).to(device) for name in ("positions", "slots", "page_table")}

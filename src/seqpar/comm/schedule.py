@@ -1,0 +1,102 @@
+"""Several programs by turns: the schedule under which one program's communication hides behind another's compute.
+
+ISO's chunks of one prompt, two batches of requests, the parts of a three-phase pipeline are all the same call: each
+program advances until it has launched its next collective, and is waited for when its turn comes round again.
+
+* Collectives are launched before the other programs compute, and waited for one by one: with n programs a wait ends up
+  to n - 1 pieces of compute after its launch. Lock-step rounds, which wait for all before going on, do as well for
+  n = 2 and worse from 3 on.
+* Who goes next depends on the programs' yields alone, never on what has arrived, so every rank launches the same
+  collectives in the same order. Polling for whatever is ready first would not.
+* A program never passes its k-th `Mark` before the program before it has. Programs need not yield equally often, and
+  the mark, at the append to a layer's cache, is what keeps a later chunk from attending to keys that are not there yet.
+  The first program is never held back, so nothing can deadlock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Generic, TypeVar
+
+from torch import Tensor
+
+from seqpar.comm.handle import Handle, Mark
+from seqpar.comm.steps import Steps
+
+__all__ = ["interleave"]
+
+T = TypeVar("T")
+
+
+def interleave(programs: Sequence[Steps[T]]) -> list[T]:
+    """Drive several programs by turns, each computing while the others' collectives are in flight.
+
+    One compute stream runs the programs' local work in the order of the turns; every rank must pass the same programs.
+    One program alone runs serially, as under `run`.
+
+    Args:
+        programs: in causal order: a later one may need what an earlier one appends at a `Mark`.
+
+    Returns:
+        What each program returned.
+
+    Raises:
+        CommError: a collective failed; the other programs are closed.
+    """
+    turns = [_Turns(steps) for steps in programs]
+    try:
+        while not all(program.finished for program in turns):
+            for index, program in enumerate(turns):
+                if not program.finished:
+                    program.advance(turns[index - 1] if index else None)
+    except BaseException:
+        for program in turns:
+            program.close()
+        raise
+    return [program.result for program in turns]
+
+
+class _Turns(Generic[T]):
+    """One program, with the handle or the mark at which it stands."""
+
+    result: T
+
+    def __init__(self, steps: Steps[T]) -> None:
+        self._steps = steps
+        self._handle: Handle | None = None
+        self._mark: Mark | None = None
+        self.marks = 0
+        self.finished = False
+
+    def advance(self, before: _Turns[T] | None) -> None:
+        """Finish what is in flight and compute up to the next launch, or to a mark that `before` has yet to pass."""
+        value: Tensor | None = None
+        if self._handle is not None:
+            handle, self._handle = self._handle, None
+            value = handle.wait()
+        while self._mark is None or self._may_pass(before):
+            try:
+                item = self._steps.send(value)
+            except StopIteration as stop:
+                self.result, self.finished = stop.value, True
+                return
+            if not isinstance(item, Mark):
+                self._handle = item
+                return
+            self._mark, value = item, None
+
+    def close(self) -> None:
+        """Let go of what is in flight, after waiting for it: a buffer must outlive its collective."""
+        handle, self._handle = self._handle, None
+        if handle is not None:
+            with suppress(RuntimeError):  # the error that closes the programs is already on its way
+                handle.wait()
+        self._steps.close()
+
+    def _may_pass(self, before: _Turns[T] | None) -> bool:
+        if before is not None and not before.finished and before.marks <= self.marks:
+            return False
+        self.marks += 1
+        self._mark = None
+        return True
