@@ -1,0 +1,78 @@
+"""What the benchmarks share: the statistics, the report, and that a wrong result prints no numbers."""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+@pytest.fixture
+def common(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import common
+
+    return common
+
+
+def test_a_ratio_is_paired(common) -> None:
+    """A machine that slows down by turns hides a tenth from unpaired medians, not from paired ratios."""
+    load = [1.0, 7.0, 2.0, 9.0, 3.0, 1.0, 5.0] * 3
+    ours = common.Timing("ours", tuple(0.9 * x for x in load))
+    theirs = common.Timing("theirs", tuple(load))
+    found = common.ratio(ours, theirs)
+    assert (found.value, found.low, found.high) == pytest.approx((0.9, 0.9, 0.9))
+
+
+def test_an_interval_holds_the_median_and_widens_with_noise(common) -> None:
+    theirs = common.Timing("theirs", (1.0,) * 9)
+    calm = common.ratio(common.Timing("ours", tuple(0.5 + 0.001 * i for i in range(9))), theirs)
+    wild = common.ratio(common.Timing("ours", tuple(0.5 + 0.1 * i for i in range(9))), theirs)
+    for found in (calm, wild):
+        assert found.low <= found.value <= found.high
+    assert calm.high - calm.low < wild.high - wild.low
+
+
+def test_report(common, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [
+        common.Row("a: ÷ peer", 0.4, "x", 0.5, True, (0.3, 0.45)),
+        common.Row("b: ÷ peer", 0.6, "x", 0.5, False, (0.55, 0.7)),
+        common.Row("a: ours", 12.5, "ms"),
+    ]
+    page = tmp_path / "page.md"
+    page.write_text(
+        "# Title\n<!-- begin of the generated table -->\nold\n<!-- end of the generated table -->\nReading.\n"
+    )
+    args = argparse.Namespace(json=tmp_path / "out.json", plot=tmp_path / "out.png", markdown=page)
+    common.report(args, common.meta("a machine", ["torch", "no-such-package"]), rows, "title")
+
+    printed = capsys.readouterr().out
+    assert "target 0.5 met" in printed and "target 0.5 MISSED" in printed
+    written = json.loads(args.json.read_text())
+    assert [set(row) >= {"name", "value", "unit", "target", "ok"} for row in written["rows"]] == [True] * 3
+    assert written["meta"]["versions"]["no-such-package"] is None
+    text = page.read_text()
+    assert text.startswith("# Title\n") and text.endswith("Reading.\n") and "old" not in text
+    assert "| b: ÷ peer | 0.6 x | 0.55 to 0.70 | 0.5 | **missed** |" in text
+    assert args.plot.stat().st_size > 1000
+
+
+@pytest.mark.slow
+def test_a_wrong_result_prints_no_numbers(tmp_path: Path) -> None:
+    """The benchmark itself, with a contender that forgets the residual."""
+    script = tmp_path / "layers.py"
+    right = (BENCHMARKS / "layers.py").read_text()
+    wrong = right.replace("lambda: layer(inputs.x, ", "lambda: -inputs.x + layer(inputs.x, ")
+    assert wrong != right
+    script.write_text(wrong)
+    (tmp_path / "common.py").write_text((BENCHMARKS / "common.py").read_text())
+    ran = subprocess.run(
+        [sys.executable, script, "--quick", "--only", "decode 1"], capture_output=True, text=True, timeout=300
+    )
+    assert ran.returncode == 1
+    assert "WRONG RESULT" in ran.stderr and "decode 1 seqpar: relative error" in ran.stderr
+    assert "ms" not in ran.stdout
