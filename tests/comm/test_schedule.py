@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from seqpar import comm
-from seqpar.comm import Mark, interleave, run
+from seqpar.comm import Mark, interleave, interleave_steps, run
 from seqpar.kv import PagedKV
 from seqpar.layers import ParallelDecoderLayer
 from seqpar.partition import HeadMap, even_ranges
@@ -87,6 +87,20 @@ def test_equal_programs_wait_after_all_the_others_have_computed(n: int) -> None:
         start, stop = log.index(event), log.index(("wait", *event[1:]))
         others = {e[1] for e in log[start:stop] if e[0] == "compute"}
         assert others == set(range(n)) - {event[1]}
+
+
+@given(shapes(), shapes())
+def test_schedules_nest(first: list[list[tuple[int, int]]], second: list[list[tuple[int, int]]]) -> None:
+    """Programs that are schedules themselves: results, and appends in causal order over all of them."""
+    layers = min(len(first[0]), len(second[0]))
+    log: list[Event] = []
+    shape = [parts[:layers] for parts in [*first, *second]]
+    programs = [program(log, index, parts) for index, parts in enumerate(shape)]
+    outer = interleave([interleave_steps(programs[: len(first)]), interleave_steps(programs[len(first) :])])
+    assert [*outer[0], *outer[1]] == [run(program([], index, parts)) for index, parts in enumerate(shape)]
+    for index in range(1, len(shape)):
+        for layer in range(layers):
+            assert log.index(("append", index - 1, layer)) < log.index(("append", index, layer))
 
 
 def test_an_error_closes_every_program_and_waits_for_what_is_in_flight() -> None:

@@ -35,7 +35,7 @@ from seqpar.comm.handle import CommError, Handle, Mark, describe
 from seqpar.comm.mesh import Groups, groups, init_mesh, is_deterministic
 from seqpar.comm.record import Count, Recorder, record
 from seqpar.comm.reshard import heads_to_seq, heads_to_seq_steps, seq_to_heads, seq_to_heads_steps
-from seqpar.comm.schedule import interleave
+from seqpar.comm.schedule import interleave, interleave_steps
 from seqpar.comm.steps import Steps, call, run
 
 __all__ = [
@@ -70,6 +70,7 @@ __all__ = [
     "heads_to_seq_steps",
     "init_mesh",
     "interleave",
+    "interleave_steps",
     "is_deterministic",
     "record",
     "reduce_grad",

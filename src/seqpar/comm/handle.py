@@ -40,12 +40,19 @@ def failure(op: str, label: str, group: ProcessGroup, error: RuntimeError) -> Co
 
 
 class Mark:
-    """A point that a program passes, such as its append to the KV cache of a layer; nothing is in flight."""
+    """A point that a program passes, such as its append to the KV cache of a layer; nothing is in flight.
 
-    __slots__ = ("layer",)
+    Args:
+        layer: which one.
+        opens: the program asks to pass. A later program's k-th such mark waits for the k-th that closes before it.
+        closes: what follows at once, up to the next yield, is the last that later programs need. A program made of
+            several opens with its first and closes with its last.
+    """
 
-    def __init__(self, layer: int) -> None:
-        self.layer = layer
+    __slots__ = ("closes", "layer", "opens")
+
+    def __init__(self, layer: int, *, opens: bool = True, closes: bool = True) -> None:
+        self.layer, self.opens, self.closes = layer, opens, closes
 
     def wait(self) -> None:
         """Return at once."""

@@ -19,12 +19,10 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Generic, TypeVar
 
-from torch import Tensor
-
 from seqpar.comm.handle import Handle, Mark
-from seqpar.comm.steps import Steps
+from seqpar.comm.steps import Steps, run
 
-__all__ = ["interleave"]
+__all__ = ["interleave", "interleave_steps"]
 
 T = TypeVar("T")
 
@@ -44,12 +42,22 @@ def interleave(programs: Sequence[Steps[T]]) -> list[T]:
     Raises:
         CommError: a collective failed; the other programs are closed.
     """
+    return run(interleave_steps(programs))
+
+
+def interleave_steps(programs: Sequence[Steps[T]]) -> Steps[list[T]]:
+    """`interleave` as a program of its own, for a layer that hides its own collectives.
+
+    Yields each handle when its turn to be waited for has come, after the others have computed; and a mark when the
+    first program opens it and when the last one closes it, so that schedules nest.
+    """
     turns = [_Turns(steps) for steps in programs]
     try:
         while not all(program.finished for program in turns):
             for index, program in enumerate(turns):
                 if not program.finished:
-                    program.advance(turns[index - 1] if index else None)
+                    before = turns[index - 1] if index else None
+                    yield from program.advance(before, first=not index, last=index == len(turns) - 1)
     except BaseException:
         for program in turns:
             program.close()
@@ -66,16 +74,18 @@ class _Turns(Generic[T]):
         self._steps = steps
         self._handle: Handle | None = None
         self._mark: Mark | None = None
-        self.marks = 0
+        self._opened = self._closed = 0
         self.finished = False
 
-    def advance(self, before: _Turns[T] | None) -> None:
-        """Finish what is in flight and compute up to the next launch, or to a mark that `before` has yet to pass."""
-        value: Tensor | None = None
+    def advance(self, before: _Turns[T] | None, *, first: bool, last: bool) -> Steps[None]:
+        """Wait for what is in flight and compute up to the next launch, or to a mark that `before` has yet to pass."""
+        value = None
         if self._handle is not None:
-            handle, self._handle = self._handle, None
-            value = handle.wait()
-        while self._mark is None or self._may_pass(before):
+            value = yield self._handle
+            self._handle = None
+        while self._may_go_on(before):
+            if self._mark is not None:
+                yield from self._pass(self._mark, first, last)
             try:
                 item = self._steps.send(value)
             except StopIteration as stop:
@@ -94,9 +104,17 @@ class _Turns(Generic[T]):
                 handle.wait()
         self._steps.close()
 
-    def _may_pass(self, before: _Turns[T] | None) -> bool:
-        if before is not None and not before.finished and before.marks <= self.marks:
-            return False
-        self.marks += 1
+    def _may_go_on(self, before: _Turns[T] | None) -> bool:
+        """Whether there is no mark ahead, or one that the program before has closed as often as this one asks for."""
+        if self._mark is None or not self._mark.opens or before is None or before.finished:
+            return True
+        return before._closed > self._opened
+
+    def _pass(self, mark: Mark, first: bool, last: bool) -> Steps[None]:
+        """Pass a mark, and tell an outer schedule of the first program's opening and of the last one's closing."""
         self._mark = None
-        return True
+        self._opened += mark.opens
+        self._closed += mark.closes
+        opens, closes = mark.opens and first, mark.closes and last
+        if opens or closes:
+            yield Mark(mark.layer, opens=opens, closes=closes)
