@@ -175,7 +175,17 @@ def clock(into: list[float]) -> Iterator[None]:
 
 def show(rows: list[Row]) -> None:
     head = ("layout", "tokens", "prefill", "decode", "sent/token", "sent/token", "read", "weights", "KV used")
-    unit = ("tp x sp", "", "tokens/s", "tokens/s", "prefill, B", "decode, B", "from disk, B", "per rank, B", "per rank, B")
+    unit = (
+        "tp x sp",
+        "",
+        "tokens/s",
+        "tokens/s",
+        "prefill, B",
+        "decode, B",
+        "from disk, B",
+        "per rank, B",
+        "per rank, B",
+    )
     print("\n" + "\n".join("  ".join(f"{cell:>12}" for cell in line) for line in (head, unit)))
     print("  ".join("-" * 12 for _ in head))
     for row in rows:
