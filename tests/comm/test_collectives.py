@@ -153,9 +153,13 @@ def large_sums(mesh):
     for n in (1 << 10, 1 << 17, 1 << 18, (1 << 19) + 1, (1 << 21) + 3):
         seen.add(comm.all_reduce_algorithm(4 * n, p, comm.is_deterministic(group), "cpu"))
         x = (torch.arange(n) % 1021 + rank).float()
+        total = (p * (torch.arange(n) % 1021) + p * (p - 1) // 2).float()
         out = comm.all_reduce_async(x.view(1, n), group=group).wait()
-        assert torch.equal(out, (p * (torch.arange(n) % 1021) + p * (p - 1) // 2).float().view(1, n))
+        assert torch.equal(out, total.view(1, n))
         assert torch.equal(x, (torch.arange(n) % 1021 + rank).float())
+        columns = x[: n // 2 * 2].view(-1, 2).t()  # dense, but not contiguous
+        out = comm.all_reduce_async(columns, group=group).wait()
+        assert torch.equal(out, total[: n // 2 * 2].view(-1, 2).t())
     return seen
 
 

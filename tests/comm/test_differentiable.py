@@ -59,8 +59,9 @@ def adjoints(mesh):
         check_adjoint(partial(comm.reduce_scatter, group=group, dim=dim), x, same, group)
         whole = integers(rank, *((sum(sizes), 5) if dim == 0 else (5, sum(sizes))))
         check_adjoint(partial(comm.reduce_scatter, group=group, dim=dim, sizes=sizes), whole, same, group)
-    send = [(rank + r) % 3 for r in range(p)]  # symmetric: what r sends here
-    exchange = partial(comm.all_to_all, group=group, send_sizes=send, recv_sizes=send)
+    table = [[(a + 2 * b) % 3 for b in range(p)] for a in range(p)]  # [from][to]
+    send, recv = table[rank], [row[rank] for row in table]
+    exchange = partial(comm.all_to_all, group=group, send_sizes=send, recv_sizes=recv)
     check_adjoint(exchange, integers(rank, sum(send), 5), same, group)
     for src in range(p):
         check_adjoint(partial(comm.broadcast, src=src, group=group), x, same, group)

@@ -61,6 +61,12 @@ def refused(rank, p):
 
 def test_what_cannot_be_is_refused_on_every_rank():
     run_ranks(2, refused)
+    run_ranks(3, remainder)
+
+
+def remainder(rank, p):
+    with pytest.raises(ValueError, match=r"must divide the number of ranks \(3\), got 2 \* 1 = 2"):
+        comm.init_mesh(2, 1, "cpu")
 
 
 def own_mesh(rank, p):
