@@ -62,7 +62,8 @@ class RaggedBatch:
             raise ValueError(
                 f"`page_table` must have one row per request ({requests}), got {list(self.page_table.shape)}"
             )
-        if self.page_table.shape[1] * self.page_size < max(self.kv_lens, default=0) and self.page_size:
+        room = self.page_table.shape[1] * self.page_size
+        if self.has_cache and room < max(self.kv_lens, default=0):
             raise ValueError(
                 f"`page_table` must hold the longest request ({max(self.kv_lens)} tokens), "
                 f"got {self.page_table.shape[1]} pages of {self.page_size}"

@@ -19,6 +19,7 @@ from seqpar.kernels.attention.plan import head_runs, make_groups
 from seqpar.kernels.attention.reference import request_keys, visible
 from seqpar.ragged import RaggedBatch
 from tests.kernels.cases import Case, cases, heads, in_pages
+from tests.kernels.own_errors import own_errors
 
 BACKENDS = ["torch", "reference"]
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -236,7 +237,6 @@ Q, K = torch.zeros(4, 4, 8), torch.zeros(4, 2, 8)
 PAGES = torch.zeros(2, 4, 2, 8)
 
 
-@pytest.mark.usefixtures("own_errors")
 @pytest.mark.parametrize(
     ("q", "k", "v", "options", "message"),
     [
@@ -255,12 +255,13 @@ PAGES = torch.zeros(2, 4, 2, 8)
         (Q, K, K, {"backend": "fast"}, r'`backend` must be one of "auto", "torch", "reference", got \'fast\''),
     ],
 )
+@own_errors()
 def test_bad_input_is_refused(q: Tensor, k: Tensor, v: Tensor, options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         attention(q, k, v, RaggedBatch.prefill([4]), **options)
 
 
-@pytest.mark.usefixtures("own_errors")
+@own_errors()
 def test_pages_of_another_size_are_refused() -> None:
     batch = RaggedBatch.build([4], [4], [[0]], 8)
     with pytest.raises(ValueError, match=r"`k` must be pages \[pages, 8, kv_heads, head_dim\], got \[2, 4, 2, 8\]"):

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from seqpar.kernels import merge
+from tests.kernels.own_errors import own_errors
 
 BACKENDS = ["torch", "reference"]
 INF = torch.inf
@@ -129,7 +130,6 @@ def test_arguments_are_not_written(backend: str) -> None:
 OUT, LSE = torch.zeros(2, 1, 3), torch.zeros(2, 1)
 
 
-@pytest.mark.usefixtures("own_errors")
 @pytest.mark.parametrize(
     ("outs", "lses", "message"),
     [
@@ -144,6 +144,7 @@ OUT, LSE = torch.zeros(2, 1, 3), torch.zeros(2, 1)
         ),
     ],
 )
+@own_errors()
 def test_bad_input_is_refused(outs: list[Tensor], lses: list[Tensor], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         merge(outs, lses)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from seqpar.kernels import rms_norm
+from tests.kernels.own_errors import own_errors
 
 BACKENDS = ["torch", "reference"]
 EPS = 1e-5
@@ -80,7 +81,7 @@ def test_gradients(backend: str) -> None:
     torch.autograd.gradcheck(lambda x, w: rms_norm(x, w, EPS, backend=backend), (x, weight))
 
 
-@pytest.mark.usefixtures("own_errors")
+@own_errors()
 def test_bad_input_is_refused() -> None:
     with pytest.raises(ValueError, match=r"`weight` must have one entry per column of `x` \(8\), got \[7\]"):
         rms_norm(torch.zeros(2, 8), torch.zeros(7), EPS)

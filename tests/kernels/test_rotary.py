@@ -13,6 +13,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from seqpar.kernels import RopeConfig, rope_table, rotary
+from tests.kernels.own_errors import own_errors
 
 BACKENDS = ["torch", "reference"]
 HEAD_DIM, LONGEST = 32, 256
@@ -40,7 +41,15 @@ PARAMETERS: dict[str, dict[str, Any]] = {
         "original_max_position_embeddings": 64,
         "attention_factor": 1.3,
     },
-    "yarn-no-stretch": {"rope_type": "yarn", "factor": 1.0, "original_max_position_embeddings": 1024},
+    "yarn-shrinks": {"rope_type": "yarn", "factor": 0.5, "original_max_position_embeddings": 64},
+    "yarn-step": {
+        "rope_type": "yarn",
+        "factor": 4.0,
+        "original_max_position_embeddings": 1024,
+        "beta_fast": 8,
+        "beta_slow": 8,
+        "truncate": False,
+    },
     "longrope": {
         "rope_type": "longrope",
         "original_max_position_embeddings": 64,
@@ -50,6 +59,13 @@ PARAMETERS: dict[str, dict[str, Any]] = {
     "longrope-factor": {
         "rope_type": "longrope",
         "factor": 2.0,
+        "original_max_position_embeddings": 64,
+        "short_factor": [1.0] * (HEAD_DIM // 2),
+        "long_factor": [2.0] * (HEAD_DIM // 2),
+    },
+    "longrope-shrinks": {
+        "rope_type": "longrope",
+        "factor": 0.5,
         "original_max_position_embeddings": 64,
         "short_factor": [1.0] * (HEAD_DIM // 2),
         "long_factor": [2.0] * (HEAD_DIM // 2),
@@ -143,7 +159,7 @@ def test_a_config_is_hashable_and_reads_the_older_spelling() -> None:
         ({"mrope_section": [1, 2, 3]}, "`parameters` must be rope parameters known here, got mrope_section"),
     ],
 )
-@pytest.mark.usefixtures("own_errors")
+@own_errors()
 def test_bad_configs_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         RopeConfig.from_dict(options, head_dim=HEAD_DIM)
@@ -220,7 +236,7 @@ def test_gradients(backend: str) -> None:
 
 
 @pytest.mark.parametrize(("cos", "sin"), [((3, 8), (3, 8)), ((4, 7), (4, 7)), ((4, 10), (4, 10)), ((4, 8), (4, 6))])
-@pytest.mark.usefixtures("own_errors")
+@own_errors()
 def test_bad_input_is_refused(cos: tuple[int, int], sin: tuple[int, int]) -> None:
     with pytest.raises(ValueError, match=r"`cos` and `sin` must be \[4 tokens, even number of dims <= 8\], got"):
         rotary(torch.zeros(4, 2, 8), torch.zeros(cos), torch.zeros(sin))

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from seqpar.kernels import swiglu
+from tests.kernels.own_errors import own_errors
 
 BACKENDS = ["torch", "reference"]
 uneven = st.lists(st.integers(0, 5), min_size=1, max_size=5)
@@ -52,7 +53,7 @@ def test_gradients(backend: str) -> None:
 
 
 @pytest.mark.parametrize(("columns", "blocks"), [(8, (2, 1)), (6, (4, -1)), (0, ())])
-@pytest.mark.usefixtures("own_errors")
+@own_errors()
 def test_bad_input_is_refused(columns: int, blocks: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=rf"`gate_up` must have a gate and an up column .* got {columns} for blocks"):
         swiglu(torch.zeros(2, columns), blocks)

@@ -187,9 +187,7 @@ class PagedKV:
         """
         held = self._get(request)
         if not 0 <= length <= held.length:
-            raise ValueError(
-                f"`length` must be at most the tokens of request {request!r} ({held.length}), got {length}"
-            )
+            raise ValueError(f"`length` must be 0 to the tokens of request {request!r} ({held.length}), got {length}")
         keep = self._pages_for(length)
         self._release(held.pages[keep:])
         self._requests[request] = _Request(held.pages[:keep], length)

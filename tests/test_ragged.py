@@ -1,0 +1,122 @@
+"""The ragged batch against brute force over its tokens."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from seqpar.ragged import RaggedBatch
+from tests.kernels.own_errors import own_errors
+
+lengths = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 9)), max_size=5)
+
+
+def paged(requests: list[tuple[int, int]], page_size: int) -> tuple[list[list[int]], RaggedBatch]:
+    """A batch over pages dealt out in reverse, one spare page a request."""
+    kv_lens = [new + old for new, old in requests]
+    needs = [-(-keys // page_size) + 1 for keys in kv_lens]
+    pool = list(range(sum(needs)))
+    pages = [[pool.pop() for _ in range(count)] for count in needs]
+    return pages, RaggedBatch.build([new for new, _ in requests], kv_lens, pages, page_size)
+
+
+@given(lengths, st.integers(1, 6))
+@settings(deadline=None)
+def test_every_token_has_its_position_and_slot(requests: list[tuple[int, int]], page_size: int) -> None:
+    pages, batch = paged(requests, page_size)
+    tokens = [(r, old + i) for r, (new, old) in enumerate(requests) for i in range(new)]
+    assert batch.num_tokens == len(tokens) and batch.num_requests == len(requests)
+    assert batch.positions.tolist() == [index for _, index in tokens]
+    assert batch.slots.tolist() == [pages[r][i // page_size] * page_size + i % page_size for r, i in tokens]
+    assert len(set(batch.slots.tolist())) == len(tokens)
+    used = [-(-keys // page_size) for keys in batch.kv_lens]
+    assert batch.pages == tuple(tuple(row[:n]) for row, n in zip(pages, used, strict=True))
+    runs = [(start + i, slot + i) for start, slot, count in batch.slot_runs for i in range(count)]
+    assert runs == list(enumerate(batch.slots.tolist()))
+
+
+@given(lengths)
+@settings(deadline=None)
+def test_derived_indices(requests: list[tuple[int, int]]) -> None:
+    batch = RaggedBatch.build([new for new, _ in requests], [new + old for new, old in requests])
+    owner = [r for r, (new, _) in enumerate(requests) for _ in range(new)]
+    for r, (new, _) in enumerate(requests):
+        rows = [row for row, request in enumerate(owner) if request == r]
+        assert list(range(*batch.cu_q[r : r + 2].tolist())) == rows
+        assert batch.last_idx[r] == (rows[-1] if new else -1)
+    assert batch.cu_kv.diff().tolist() == [new + old for new, old in requests]
+    assert batch.cu_q.dtype == batch.cu_kv.dtype == torch.int32 and batch.last_idx.dtype == torch.int64
+    decodes = [new == 1 for new, _ in requests] + [False]
+    assert batch.n_decode == decodes.index(False)
+
+
+def test_whole_sequences() -> None:
+    batch = RaggedBatch.prefill([3, 0, 2])
+    assert batch.kv_lens == batch.q_lens == (3, 0, 2) and not batch.has_cache
+    assert batch.positions.tolist() == [0, 1, 2, 0, 1]
+    assert batch.slots.tolist() == [] and batch.page_table.shape == (3, 0) and batch.pages == ((), (), ())
+
+
+def test_given_positions_do_not_move_slots() -> None:
+    """A left-padded prompt numbers its tokens from its first real one."""
+    batch = RaggedBatch.build([2], [5], [[4, 1]], 4, positions=torch.tensor([0, 1]))
+    assert batch.positions.tolist() == [0, 1] and batch.slots.tolist() == [19, 4]
+
+
+def test_it_is_frozen_and_moves_whole() -> None:
+    batch = RaggedBatch.build([2], [5], [[0, 1]], 4)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        batch.page_size = 8  # type: ignore[misc]
+    moved = batch.to("meta")
+    assert {moved.positions.device.type, moved.slots.device.type, moved.page_table.device.type} == {"meta"}
+    assert moved.q_lens == batch.q_lens and moved.kv_lens == batch.kv_lens and moved.page_size == batch.page_size
+    assert moved.device.type == "meta" and moved.last_idx.device.type == "meta"
+
+
+@pytest.mark.parametrize(
+    ("q_lens", "kv_lens", "pages", "page_size", "message"),
+    [
+        ([1], [1, 2], None, 0, r"`kv_lens` must have one entry per request \(1\), got 2"),
+        (
+            [3],
+            [2],
+            None,
+            0,
+            r"`kv_lens` must be at least `q_lens`, .* got 2 keys and 3 new tokens for request 0",
+        ),
+        ([1, -1], [1, 1], None, 0, "got 1 keys and -1 new tokens for request 1"),
+        ([1], [5], [[0]], 4, r"`pages` must hold each request's keys \(5 for request 0\), got 1 pages of 4"),
+        ([1], [1], [[0], [1]], 4, r"`pages` must have one entry per request \(1\), got 2"),
+        ([1], [1], [[0]], 0, "`page_size` must be at least 1 with `pages` and 0 without, got 0 with pages"),
+        ([1], [1], None, 4, "got 4 without pages"),
+    ],
+)
+def test_bad_lengths_are_refused(
+    q_lens: Sequence[int], kv_lens: Sequence[int], pages: Sequence[Sequence[int]] | None, page_size: int, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        RaggedBatch.build(q_lens, kv_lens, pages, page_size)
+
+
+THREE = torch.zeros(3, dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"positions": THREE.long()}, r"`positions` must have one entry per new token \(2\), got \[3\]"),
+        ({"slots": THREE.long()}, r"`slots` must have one entry per new token \(2\), .* got \[3\]"),
+        ({"page_size": 0}, r"`slots` must have .* none without a cache, got \[2\] with page_size=0"),
+        ({"page_table": THREE[:, None]}, r"`page_table` must have one row per request \(1\), got \[3, 1\]"),
+        ({"page_table": THREE[None, :1]}, r"`page_table` must hold the longest request \(5 tokens\), got 1 pages of 4"),
+    ],
+)
+def test_tensors_that_describe_another_batch_are_refused(change: dict[str, object], message: str) -> None:
+    batch = RaggedBatch.build([2], [5], [[0, 1]], 4)
+    with own_errors(), pytest.raises(ValueError, match=message):
+        dataclasses.replace(batch, **change)
