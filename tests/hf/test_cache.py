@@ -48,7 +48,7 @@ def check(cache: Any, rows: Rows) -> None:
             assert v[list(store.kv.pages(request))].reshape(-1)[: len(tokens)].tolist() == [-t - layer for t in tokens]
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(data=st.data(), paged=st.booleans())
 def test_any_sequence_of_operations(data: st.DataObject, paged: bool) -> None:
     cache = ParallelCache(2, num_pages=400, page_size=3) if paged else ParallelCache(2)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
@@ -26,6 +26,7 @@ TENSORS = {
 SHAPES = {name: tuple(tensor.shape) for name, tensor in TENSORS.items()}
 
 
+@settings(deadline=None)
 @given(data=st.data(), name=st.sampled_from(sorted(TENSORS)))
 def test_a_window_is_that_slice_and_costs_its_bytes(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, name: str

@@ -132,6 +132,10 @@ def other_forms(mesh: comm.DeviceMesh) -> None:
         for mask in (gaps, gaps.bool(), gaps.float()):
             found, expected = (each(ids, attention_mask=mask).logits[gaps.bool()] for each in (model, reference))
             torch.testing.assert_close(found, expected, **EXACT)
+        labels = ids.masked_fill(ids < 9, -100)
+        for call in ({"num_items_in_batch": torch.tensor(5)}, {"shift_labels": ids}):
+            losses = [each(ids, labels=labels, **call).loss for each in (model, reference)]
+            torch.testing.assert_close(losses[0], losses[1], rtol=1e-6, atol=0)
         for which in (True, 1, -1, [0, -2], [7]):
             found = model(ids, output_hidden_states=which).hidden_states
             expected = reference(ids, output_hidden_states=which).hidden_states

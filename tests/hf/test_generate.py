@@ -149,6 +149,24 @@ def test_a_conversation_goes_on_from_its_cache(given: str) -> None:
     run_mesh((2, 1), continues, given)
 
 
+def returns_everything(mesh: comm.DeviceMesh) -> None:
+    """Scores, logits and hidden states of each step, from embeddings instead of ids."""
+    model = tiny_model("llama")
+    embeds = torch.randn(2, 5, 48, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    options = dict.fromkeys(("output_scores", "output_logits", "output_hidden_states", "return_dict_in_generate"), True)
+    expected = generate(model, inputs_embeds=embeds, **options)
+    hf.parallelize(model, mesh)
+    found = generate(model, inputs_embeds=embeds, **options)
+    assert torch.equal(found.sequences, expected.sequences)
+    for name in ("scores", "logits", "hidden_states"):  # Transformers' norms round to float32 on the way
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-5)
+    assert found.past_key_values.get_seq_length() == 5 + 6 - 1
+
+
+def test_everything_that_generate_can_return() -> None:
+    run_mesh((1, 2), returns_everything)
+
+
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "max_time": ({"max_time": 1.0}, "`max_time` must be None, since clocks of ranks differ, got 1.0"),
     "in a config": (
@@ -191,7 +209,9 @@ def refuses_other_arguments(mesh: comm.DeviceMesh, what: str) -> None:
     hf.parallelize(model, mesh)
     rank = comm.groups(mesh).flat.rank()
     options = {"tokens": {"input_ids": prompts(1, 4, seed=rank)}, "length": {"max_new_tokens": 2 + rank}}[what]
-    with pytest.raises(ValueError, match="`generate` must be called alike on every rank, got other arguments"):
+    with pytest.raises(
+        ValueError, match="arguments of `generate` must be the same on every rank, got another than rank 0's on rank 1"
+    ):
         model.generate(**{"input_ids": prompts(1, 4), "max_new_tokens": 2, "pad_token_id": 0, **options})
 
 

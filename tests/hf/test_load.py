@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from seqpar import comm, hf, layers
+from seqpar.hf.checkpoint import Checkpoint
 from tests.hf.test_generate import NAME, generate
 from tests.hf.tiny import ARCHITECTURES, left_padded, prompts, tiny_model
 from tests.ranks import LAYOUTS, run_mesh
@@ -187,13 +188,30 @@ def test_a_checkpoint_that_is_wrong_on_one_rank(good: Path, tmp_path: Path, name
 
 
 def refuses_arguments(mesh: comm.DeviceMesh, path: str) -> None:
+    rank = comm.groups(mesh).flat.rank()
     with pytest.raises(TypeError, match=r"`dtype` must be one of torch\.float64, .*, got torch\.int8"):
         hf.load(path, mesh, dtype=torch.int8)
-    with pytest.raises(ValueError, match=r"`num_heads` must be at least the number of ranks \(7\)"):
-        from seqpar.partition import HeadMap
-
-        HeadMap(6, 2, 7, 1)
+    with pytest.raises(
+        ValueError, match=r"checkpoint, `dtype` and options must be the same on every rank, got another"
+    ):
+        hf.load(path, mesh, dtype=(torch.float32, torch.bfloat16)[rank])
 
 
 def test_arguments(good: Path) -> None:
-    run_mesh((1, 1), refuses_arguments, str(good))
+    run_mesh((2, 1), refuses_arguments, str(good))
+
+
+def disk_fails(mesh: comm.DeviceMesh, path: str) -> None:
+    """An error in the middle of reading, on one rank, is an error on all."""
+    if comm.groups(mesh).flat.rank() == 1:
+        Checkpoint.read = broken  # type: ignore[method-assign]  # the ranks of this test are its own
+    with pytest.raises(ValueError, match="OSError: the disk is gone"):
+        hf.load(path, mesh)
+
+
+def broken(*_: Any) -> torch.Tensor:
+    raise OSError("the disk is gone")
+
+
+def test_a_disk_that_fails_on_one_rank(good: Path) -> None:
+    run_mesh((1, 2), disk_fails, str(good), isolated=True)

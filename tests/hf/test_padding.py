@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from transformers.masking_utils import find_packed_sequence_indices, sliding_window_causal_mask_function
 from transformers.modeling_utils import slice_logits_to_keep
@@ -31,6 +31,7 @@ def plan(mask: torch.Tensor, seen: int) -> Padding:
     return Padding.plan((mask.shape[0], mask.shape[1] - seen), mask.long(), seen, history)
 
 
+@settings(deadline=None)
 @given(masks())
 def test_packing_keeps_the_tokens_in_order(drawn: tuple[torch.Tensor, int]) -> None:
     mask, seen = drawn
@@ -42,6 +43,7 @@ def test_packing_keeps_the_tokens_in_order(drawn: tuple[torch.Tensor, int]) -> N
     assert torch.equal(padding.all_rows(CPU).unpack(padding.pack(x)), x * new[..., None])
 
 
+@settings(deadline=None)
 @given(masks(), st.data())
 def test_rows_are_those_that_transformers_slices(drawn: tuple[torch.Tensor, int], data: st.DataObject) -> None:
     mask, seen = drawn
@@ -63,6 +65,7 @@ def test_rows_are_those_that_transformers_slices(drawn: tuple[torch.Tensor, int]
     assert torch.equal(found, slice_logits_to_keep(x * new[..., None], keep))
 
 
+@settings(deadline=None)
 @given(masks(max_seen=0), st.integers(1, 8))
 def test_a_window_that_is_not_refused_sees_what_transformers_sees(drawn: tuple[torch.Tensor, int], window: int) -> None:
     mask, _ = drawn
@@ -81,6 +84,7 @@ def test_a_window_that_is_not_refused_sees_what_transformers_sees(drawn: tuple[t
             assert theirs == kept[max(0, i + 1 - window) : i + 1]
 
 
+@settings(deadline=None)
 @given(st.lists(st.lists(st.integers(0, 3), min_size=6, max_size=6), min_size=1, max_size=3))
 def test_packed_sequences_begin_where_transformers_lets_them(positions: list[list[int]]) -> None:
     position_ids = torch.tensor(positions)

@@ -32,7 +32,10 @@ def undoes(mesh: comm.DeviceMesh, kind: str) -> None:
         parallel.sync_gradients()
         torch.optim.SGD(model.parameters(), 0.1).step()
         assert not torch.equal(generate(model, input_ids=ids), tokens)
+        model.train()
     parallel.undo()
+    assert all(module.training for module in model.modules())
+    model.eval()
     assert dict(model.named_modules()) == modules and set(model.__dict__) == attributes
     assert not model._forward_pre_hooks and set(vars(transformers.models.auto.modeling_auto)) == names
     after = model.state_dict()
@@ -161,9 +164,7 @@ def refuses_others(mesh: comm.DeviceMesh) -> None:
     with pytest.raises(TypeError, match="`model` must be Transformers' own LlamaForCausalLM, got tests"):
         hf.parallelize(LlamaForCausalLM(tiny_config("llama")), mesh)
     for other in ({"seed": rank}, {"sliding_window": 5 + rank}):
-        with pytest.raises(
-            ValueError, match="`model` must be the same on every rank, got another config or other weights"
-        ):
+        with pytest.raises(ValueError, match="config and weights of `model` must be the same on every rank"):
             hf.parallelize(tiny_model("mistral", **other), mesh)
     with pytest.raises(ValueError, match=r"`num_heads` must be at least the number of ranks \(2\), got 1"):
         hf.parallelize(tiny_model("llama", num_attention_heads=1, num_key_value_heads=1), mesh)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+import torch
 
 from seqpar import comm
 from seqpar.comm import ProcessGroup
 
-__all__ = ["agreed"]
+__all__ = ["agreed", "check_same"]
 
 
 @contextmanager
@@ -34,3 +37,18 @@ def agreed(group: ProcessGroup) -> Iterator[None]:
         if first is error:
             raise
         raise first from error
+
+
+def check_same(what: str, value: bytes, *, group: ProcessGroup, device: torch.device) -> None:
+    """Raise on every rank unless all have the same `value`.
+
+    Comm:  a broadcast of 32 bytes on `device`, and one `comm.agree`.
+
+    Raises:
+        ValueError: `what` differs between ranks.
+    """
+    mine = torch.frombuffer(bytearray(hashlib.sha256(value).digest()), dtype=torch.uint8)
+    theirs = comm.broadcast(mine.to(device), src=0, group=group, label="check_same").cpu()
+    with agreed(group):
+        if not torch.equal(mine, theirs):
+            raise ValueError(f"{what} must be the same on every rank, got another than rank 0's on rank {group.rank()}")

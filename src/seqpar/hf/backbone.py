@@ -98,7 +98,6 @@ class ParallelBackbone(nn.Module):
         """Run the stack; arguments and result as `LlamaModel.forward`, the same on every rank.
 
         In:    ids[B, S] or embeddings[B, S, M]; a mask[B, cached + S] of zeros and ones; positions[B, S]; a cache.
-
         Out:   `last_hidden_state`[B, S, M] and, if asked for, `hidden_states`, replicated; zeros at padding.
         Grad:  replicated in, replicated out; weights need `seqpar.layers.sync_gradients`.
         Comm:  an all-reduce for the embedding, the layers' own, and a gather of the rows that are returned.

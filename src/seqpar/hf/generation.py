@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import inspect
 import json
 from collections.abc import Callable, Mapping
@@ -15,11 +14,9 @@ from transformers import GenerationConfig, MaxTimeCriteria
 
 from seqpar import comm
 from seqpar.comm import Groups
-from seqpar.hf.agreed import agreed
+from seqpar.hf.agreed import agreed, check_same
 
 __all__ = ["parallel_generate"]
-
-_DIGEST_BYTES = 32
 
 
 def parallel_generate(model: Any, groups: Groups) -> Callable[..., Any]:
@@ -33,21 +30,18 @@ def parallel_generate(model: Any, groups: Groups) -> Callable[..., Any]:
 
     @functools.wraps(plain)
     def generate(*args: Any, **kwargs: Any) -> Any:
-        digest = b""
+        content = b""
         with agreed(groups.flat):
-            call = signature.bind(model, *args, **kwargs).arguments
-            digest = _check_call(model, call)
-        same = _share_random_state(digest, model.device, groups)
-        with agreed(groups.flat):
-            if not same:
-                raise ValueError("`generate` must be called alike on every rank, got other arguments than rank 0")
+            content = _check_call(model, signature.bind(model, *args, **kwargs).arguments)
+        check_same("arguments of `generate`", content, group=groups.flat, device=model.device)
+        _share_random_state(model.device, groups)
         return plain(model, *args, **kwargs)
 
     return generate
 
 
 def _check_call(model: Any, call: Mapping[str, Any]) -> bytes:
-    """Refuse what ranks cannot do in step; a digest of all that decides the tokens."""
+    """Refuse what ranks cannot do in step; all that decides the tokens, as bytes to compare."""
     options = {name: value for name, value in call.get("kwargs", {}).items() if "tokenizer" not in name}
     if options.get("cache_implementation") not in (None, "dynamic"):
         raise _refused("cache_implementation", "dynamic", options["cache_implementation"])
@@ -59,14 +53,14 @@ def _check_call(model: Any, call: Mapping[str, Any]) -> bytes:
         raise _refused("stopping_criteria", "free of MaxTimeCriteria, since clocks of ranks differ", "one")
     if call.get("streamer") is not None and config.num_beams > 1:
         raise _refused("streamer", "left out in beam search", "one")
-    digest = hashlib.sha256(json.dumps(config.to_dict(), sort_keys=True, default=str).encode())
+    content = [json.dumps(config.to_dict(), sort_keys=True, default=str).encode()]
     for name, value in sorted({**inputs, "inputs": call.get("inputs")}.items()):
         if isinstance(value, Tensor):
             raw = value.detach().cpu().contiguous().view(-1).view(torch.uint8)
-            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode() + raw.numpy().tobytes())
+            content += [f"{name} {value.dtype} {tuple(value.shape)}".encode(), raw.numpy().tobytes()]
         elif isinstance(value, (bool, int, float, str)):
-            digest.update(f"{name} {value!r}".encode())
-    return digest.digest()
+            content.append(f"{name} {value!r}".encode())
+    return b"".join(content)
 
 
 def _check_config(config: GenerationConfig) -> None:
@@ -82,17 +76,16 @@ def _refused(name: str, wanted: str, got: Any) -> ValueError:
     return ValueError(f"`{name}` must be {wanted}, got {got}")
 
 
-def _share_random_state(digest: bytes, device: torch.device, groups: Groups) -> bool:
-    """Take over rank 0's random state; whether its digest was the same as ours.
+def _share_random_state(device: torch.device, groups: Groups) -> None:
+    """Take over rank 0's random state.
 
     Comm:  one broadcast of some 5 KB over all ranks.
     """
-    parts = [torch.frombuffer(bytearray(digest), dtype=torch.uint8), torch.get_rng_state()]
+    parts = [torch.get_rng_state()]
     if device.type == "cuda":
         parts.append(torch.cuda.get_rng_state(device))
     shared = comm.broadcast(torch.cat(parts).to(device), src=0, group=groups.flat, label="generate").cpu()
-    theirs, cpu, *cuda = shared.split([len(part) for part in parts])
+    cpu, *cuda = shared.split([len(part) for part in parts])
     torch.set_rng_state(cpu.clone())
     for state in cuda:
         torch.cuda.set_rng_state(state.clone(), device)
-    return bytes(theirs.tolist()) == digest

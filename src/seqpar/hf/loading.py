@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 
 from seqpar import comm
 from seqpar.comm import DeviceMesh
-from seqpar.hf.agreed import agreed
+from seqpar.hf.agreed import agreed, check_same
 from seqpar.hf.backbone import LMHead
 from seqpar.hf.checkpoint import DTYPES, Checkpoint, parse_object
 from seqpar.hf.models import ARCHITECTURES, check_config
@@ -55,16 +55,20 @@ def load(
             cannot be parallelized on this mesh; the same on every rank.
     """
     groups = comm.groups(mesh)
+    place = _device(mesh) if device is None else torch.device(device)
     parallel: Parallelized | None = None
     checkpoint: Checkpoint | None = None
+    content = b""
     with agreed(groups.flat):
         checkpoint, whole = _build_on_meta(Path(path), dtype)
         parallel = Parallelized(whole, groups, *build(whole, groups, sequence_sharded=sequence_sharded))
         _check(checkpoint, parallel)
+        content = _describe(checkpoint, parallel) + bytes([sequence_sharded])
+    check_same("checkpoint, `dtype` and options", content, group=groups.flat, device=place)
     assert parallel is not None and checkpoint is not None
     show = groups.flat.rank() == 0 and (sys.stderr.isatty() if progress is None else progress)
     with agreed(groups.flat):
-        parallel.report = _fill(parallel, checkpoint, _device(mesh) if device is None else torch.device(device), show)
+        parallel.report = _fill(parallel, checkpoint, place, show)
     model: PreTrainedModel = parallel.model.eval()
     return model
 
@@ -108,6 +112,12 @@ def _check(checkpoint: Checkpoint, parallel: Parallelized) -> None:
     rebuilt = [name for name in checkpoint.entries if name.endswith("rotary_emb.inv_freq")]  # in old checkpoints
     tied = {HEAD: shapes[EMBEDDING]} if HEAD not in shapes and HEAD in checkpoint.entries else {}
     checkpoint.check({**shapes, **tied}, optional=rebuilt)
+
+
+def _describe(checkpoint: Checkpoint, parallel: Parallelized) -> bytes:
+    """What ranks must have in common: the config, the dtype and the headers of the files."""
+    tensors = sorted((name, entry.dtype, entry.shape) for name, entry in checkpoint.entries.items())
+    return f"{parallel.model.config.to_json_string()} {parallel.model.dtype} {tensors}".encode()
 
 
 def _fill(parallel: Parallelized, checkpoint: Checkpoint, device: torch.device, show: bool) -> LoadReport:

@@ -7,7 +7,6 @@ namespaces, and other models of the same class are not affected.
 from __future__ import annotations
 
 import functools
-import hashlib
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any, NamedTuple, cast
@@ -18,7 +17,7 @@ from transformers import PreTrainedModel
 
 from seqpar import comm
 from seqpar.comm import DeviceMesh, Groups
-from seqpar.hf.agreed import agreed
+from seqpar.hf.agreed import agreed, check_same
 from seqpar.hf.backbone import KEEP, LMHead, ParallelBackbone
 from seqpar.hf.cache import CacheSpec
 from seqpar.hf.generation import parallel_generate
@@ -90,6 +89,7 @@ class Parallelized:
                 "`undo` must be called on a model that had its weights, got one read by slices; load it again"
             )
         self.model.model, self.model.lm_head = self._original
+        self.model.train(self.model.training)
         self._original = None
         self._hook.remove()
         del self.model.generate, self.model.save_pretrained, self.model.seqpar
@@ -144,16 +144,12 @@ def parallelize(model: PreTrainedModel, mesh: DeviceMesh, *, sequence_sharded: b
             on every rank, and nothing has changed.
     """
     groups = comm.groups(mesh)
-    digest, modules = b"", None
+    content, modules = b"", None
     with agreed(groups.flat):
         check_model(model)
-        digest = _digest(model)
+        content = _sample(model) + bytes([sequence_sharded])
         modules = build(model, groups, sequence_sharded=sequence_sharded)
-    payload = torch.frombuffer(bytearray(digest), dtype=torch.uint8).to(model.device)
-    theirs = comm.broadcast(payload, src=0, group=groups.flat, label="parallelize")
-    with agreed(groups.flat):
-        if bytes(theirs.tolist()) != digest:
-            raise ValueError("`model` must be the same on every rank, got another config or other weights than rank 0")
+    check_same("config and weights of `model`", content, group=groups.flat, device=model.device)
     assert modules is not None
     return Parallelized(model, groups, *modules)
 
@@ -199,13 +195,13 @@ def build(
     return backbone, LMHead.from_linear(model.lm_head, groups=groups)
 
 
-def _digest(model: PreTrainedModel) -> bytes:
-    """A hash of the config and of the first numbers of every weight: enough to notice another seed."""
-    digest = hashlib.sha256(model.config.to_json_string().encode())
+def _sample(model: PreTrainedModel) -> bytes:
+    """The config and the first numbers of every weight: enough to notice another seed."""
+    content = [model.config.to_json_string().encode()]
     for name, param in model.named_parameters():
-        sample = param.detach().view(-1)[:16].to("cpu", torch.float64)
-        digest.update(name.encode() + sample.numpy().tobytes())
-    return digest.digest()
+        first = param.detach().reshape(-1)[:16].to("cpu", torch.float64)
+        content += [f"{name} {param.dtype} {tuple(param.shape)}".encode(), first.numpy().tobytes()]
+    return b"".join(content)
 
 
 def _hand_down(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
