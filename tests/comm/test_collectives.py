@@ -318,3 +318,20 @@ def any_dtype_moves(mesh):
 @pytest.mark.parametrize("p", (2, 3), ids="p={}".format)
 def test_any_dtype_can_be_moved(p):
     run_mesh((1, p), any_dtype_moves)
+
+
+def in_inference_mode(mesh):
+    group = comm.groups(mesh).sp
+    p, rank = group.size(), group.rank()
+    weight = torch.ones(3, 4, requires_grad=True)
+    with torch.inference_mode():
+        x = weight * (rank + 1)
+        assert torch.equal(comm.all_reduce(x, group=group), torch.full((3, 4), p * (p + 1) / 2))
+        assert torch.equal(comm.all_gather(x, group=group)[-1], torch.full((4,), float(p)))
+        assert torch.equal(comm.reduce_scatter(x, group=group, dim=1)[0, :1], torch.full((1,), p * (p + 1) / 2))
+        assert torch.equal(comm.broadcast(x, src=p - 1, group=group), torch.full((3, 4), float(p)))
+
+
+@pytest.mark.parametrize("p", (2, 3), ids="p={}".format)
+def test_collectives_work_in_inference_mode(p):
+    run_mesh((1, p), in_inference_mode)

@@ -278,7 +278,7 @@ def refusals(mesh: comm.DeviceMesh) -> None:
         ),
         ({"input_ids": None}, ValueError, "exactly one of `input_ids` and `inputs_embeds` must be given"),
         ({"input_ids": ids[0]}, ValueError, "`input_ids` must have shape [B, S], got [8]"),
-        ({"input_ids": ids + 67}, ValueError, "`ids` must lie in [0, 67)"),
+        ({"input_ids": ids + 67}, ValueError, "`input_ids` must lie in [0, 67), got values in ["),
         ({"input_ids": None, "inputs_embeds": ids}, TypeError, "`inputs_embeds` must be a floating-point tensor"),
         (
             {"logits_to_keep": -1},
@@ -308,17 +308,37 @@ def test_what_it_cannot_honour_is_refused_by_name() -> None:
     run_mesh((1, 1), refusals)
 
 
+def refuses_ids(mesh: comm.DeviceMesh) -> None:
+    """Only the second sequence rank would embed the bad id."""
+    model = tiny_model("llama")
+    hf.parallelize(model, mesh)
+    ids = prompts(1, 4)
+    ids[0, -1] = 67
+    with pytest.raises(ValueError, match=r"`input_ids` must lie in \[0, 67\), got values in \[\d+, 67\]"):
+        model(ids)
+
+
+def test_a_bad_id_is_an_error_on_every_rank() -> None:
+    run_mesh((1, 2), refuses_ids)
+
+
 def survives_a_refused_step(mesh: comm.DeviceMesh) -> None:
     """A step that failed after it was given room in the cache leaves nothing behind."""
     reference, model, _ = sides(mesh, "llama")
     ids = prompts(2, 8)
     cache = hf.ParallelCache(3)
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("in the middle")
+
     with torch.no_grad():
-        with pytest.raises(ValueError, match="`ids` must lie in"):
-            model(torch.cat([ids, ids]) + 67, past_key_values=cache)
-        model(ids[:, :3], past_key_values=cache)
-        with pytest.raises(ValueError, match="`ids` must lie in"):
-            model(ids + 67, past_key_values=cache)
+        for given, count in ((torch.cat([ids, ids]), 0), (ids, 3)):
+            hook = model.model.layers[1].register_forward_hook(fail)
+            with pytest.raises(RuntimeError, match="in the middle"):
+                model(given, past_key_values=cache)
+            hook.remove()
+            if not count:
+                model(ids[:, :3], past_key_values=cache)
         found = model(ids[:, 3:], past_key_values=cache).logits
         torch.testing.assert_close(found, reference(ids).logits[:, 3:], **EXACT)
 

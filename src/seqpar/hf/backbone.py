@@ -55,6 +55,7 @@ class ParallelBackbone(nn.Module):
         groups: the ranks.
         heads: who owns which heads.
         head_dim: dims of a head.
+        vocab_size: ids that the embedding knows.
         windows: sliding window of each layer.
         sequence_sharded: activations are split over `tp` as well.
     """
@@ -72,12 +73,14 @@ class ParallelBackbone(nn.Module):
         groups: Groups,
         heads: HeadMap,
         head_dim: int,
+        vocab_size: int,
         windows: Sequence[int | None],
         sequence_sharded: bool = False,
     ) -> None:
         super().__init__()
         self.config, self.groups, self.heads, self.head_dim = config, groups, heads, head_dim
         self.windows, self.sequence_sharded = tuple(windows), sequence_sharded
+        self.vocab_size = vocab_size
         self.embed_tokens, self.layers, self.norm, self.rotary_emb = (
             embed_tokens,
             nn.ModuleList(layers),
@@ -252,6 +255,12 @@ class ParallelBackbone(nn.Module):
         expected = "[B, S]" if dims == 2 else f"[B, S, {self.config.hidden_size}]"
         if tokens.dim() != dims or (dims == 3 and tokens.shape[2] != self.config.hidden_size):
             raise ValueError(f"`{name}` must have shape {expected}, got {list(tokens.shape)}")
+        if (
+            dims == 2 and tokens.is_cpu and tokens.numel()
+        ):  # all of them: a sequence rank embeds, and checks, only its own
+            low, high = (int(bound) for bound in torch.aminmax(tokens))
+            if low < 0 or high >= self.vocab_size:
+                raise ValueError(f"`input_ids` must lie in [0, {self.vocab_size}), got values in [{low}, {high}]")
         return tokens
 
     @staticmethod

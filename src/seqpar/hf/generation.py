@@ -6,6 +6,7 @@ import functools
 import inspect
 import json
 from collections.abc import Callable, Mapping
+from types import MethodType
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ def parallel_generate(model: Any, groups: Groups) -> Callable[..., Any]:
     signature = inspect.signature(plain)
 
     @functools.wraps(plain)
-    def generate(*args: Any, **kwargs: Any) -> Any:
+    def generate(model: Any, *args: Any, **kwargs: Any) -> Any:
         content = b""
         with agreed(groups.flat):
             content = _check_call(model, signature.bind(model, *args, **kwargs).arguments)
@@ -37,7 +38,7 @@ def parallel_generate(model: Any, groups: Groups) -> Callable[..., Any]:
         _share_random_state(model.device, groups)
         return plain(model, *args, **kwargs)
 
-    return generate
+    return MethodType(generate, model)
 
 
 def _check_call(model: Any, call: Mapping[str, Any]) -> bytes:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from types import TracebackType
+from types import MethodType, TracebackType
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -187,6 +187,7 @@ def build(
         groups=groups,
         heads=heads,
         head_dim=stack.layers[0].self_attn.head_dim,
+        vocab_size=embedding.num_embeddings,
         windows=windows,
         sequence_sharded=sequence_sharded,
     )
@@ -233,12 +234,12 @@ def _parallel_save(parallel: Parallelized) -> Callable[..., None]:
     plain = type(parallel.model).save_pretrained
 
     @functools.wraps(plain)
-    def save_pretrained(save_directory: Any, *args: Any, **kwargs: Any) -> None:
+    def save_pretrained(model: Any, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         if args or {"state_dict", "is_main_process", "distributed_checkpoint"} & kwargs.keys():
             raise TypeError("`save_pretrained` must get no state dict and no main process of the caller's, got some")
         state = parallel.gather_state_dict()
         with agreed(parallel.groups.flat):
             if parallel.groups.flat.rank() == 0:
-                plain(parallel.model, save_directory, state_dict=state, **kwargs)
+                plain(model, save_directory, state_dict=state, **kwargs)
 
-    return save_pretrained
+    return MethodType(save_pretrained, parallel.model)
