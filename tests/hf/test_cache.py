@@ -51,7 +51,7 @@ def check(cache: Any, rows: Rows) -> None:
 @settings(max_examples=60, deadline=None)
 @given(data=st.data(), paged=st.booleans())
 def test_any_sequence_of_operations(data: st.DataObject, paged: bool) -> None:
-    cache = ParallelCache(2, num_pages=400, page_size=3) if paged else ParallelCache(2)
+    cache = ParallelCache(num_pages=400, page_size=3) if paged else ParallelCache()
     counter, rows = 0, [[] for _ in range(data.draw(st.integers(1, 3)))]
     for _ in range(data.draw(st.integers(1, 6))):
         what = data.draw(st.sampled_from(["append", "append", "grow", "reorder", "crop", "repeat", "select", "copy"]))
@@ -102,7 +102,7 @@ def test_a_step_that_was_not_committed_is_forgotten() -> None:
     store = CacheStore()
     for shape in ((3, 5), (2, 4)):
         store.begin(Padding.plan(shape, None, 0, None), torch.zeros(shape[0] * shape[1], dtype=torch.long), SPEC)
-    cache = ParallelCache(2)
+    cache = ParallelCache()
     rows = append(cache, [[], []], [[1, 2], [3, 4]])
     kept = store_of(cache, 2)
     kept.begin(Padding.plan((2, 3), None, 2, None), torch.zeros(6, dtype=torch.long), SPEC)
@@ -110,9 +110,9 @@ def test_a_step_that_was_not_committed_is_forgotten() -> None:
 
 
 def test_bounded_memory() -> None:
-    cache = ParallelCache(2, num_pages=3, page_size=2)
-    assert cache.get_max_length() == 6
+    cache = ParallelCache(num_pages=3, page_size=2)
     rows = append(cache, [[], []], [[1, 2], [3, 4]])
+    assert cache.get_max_length() == 6
     with pytest.raises(ValueError, match="out of pages"):
         append(cache, rows, [[5, 5], [6, 6]])
     check(cache, rows)
@@ -122,11 +122,11 @@ def test_bounded_memory() -> None:
 @pytest.mark.parametrize("sizes", [{"num_pages": 3}, {"page_size": 3}])
 def test_bounds_come_together(sizes: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="`num_pages` and `page_size` must be given together"):
-        ParallelCache(2, **sizes)
+        ParallelCache(**sizes)
 
 
 def test_another_models_cache() -> None:
-    cache = ParallelCache(2)
+    cache = ParallelCache()
     append(cache, [[]], [[1]])
     other = SPEC._replace(head_dim=2)
     with pytest.raises(ValueError, match="`past_key_values` must hold this model's cache"):

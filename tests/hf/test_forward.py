@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, StaticCache
 
 from seqpar import comm, hf, layers
+from seqpar.hf.cache import store_of
 from tests.hf.tiny import ARCHITECTURES, exact_norms, left_padded, prompts, tiny_model
 from tests.ranks import LAYOUTS, run_mesh
 
@@ -223,7 +224,8 @@ def refusals(mesh: comm.DeviceMesh) -> None:
     gap[1, 3] = 0
     filled = DynamicCache()
     filled.update(torch.zeros(2, 1, 3, 16), torch.zeros(2, 1, 3, 16), 0)
-    padded = hf.ParallelCache(3)
+    padded, two_layers = hf.ParallelCache(), hf.ParallelCache()
+    store_of(two_layers, 2)
     with torch.no_grad():
         model(ids, attention_mask=left_padded(ids, (0, 3))[1], past_key_values=padded)
     longer = torch.ones(2, 9, dtype=torch.long)
@@ -261,7 +263,7 @@ def refusals(mesh: comm.DeviceMesh) -> None:
             "`input_ids` must be an integer tensor, got torch.float32",
         ),
         (
-            {"past_key_values": hf.ParallelCache(2)},
+            {"past_key_values": two_layers},
             ValueError,
             "`past_key_values` must have the model's 3 layers, got 2",
         ),
@@ -272,7 +274,7 @@ def refusals(mesh: comm.DeviceMesh) -> None:
             "`attention_mask` must agree with what was cached in its first 8 columns",
         ),
         (
-            {"past_key_values": hf.ParallelCache(3, num_pages=3, page_size=4)},
+            {"past_key_values": hf.ParallelCache(num_pages=3, page_size=4)},
             ValueError,
             "out of pages: the new tokens must fit into the free pages (3 of 3, 4 tokens each), got 4",
         ),
@@ -326,7 +328,7 @@ def survives_a_refused_step(mesh: comm.DeviceMesh) -> None:
     """A step that failed after it was given room in the cache leaves nothing behind."""
     reference, model, _ = sides(mesh, "llama")
     ids = prompts(2, 8)
-    cache = hf.ParallelCache(3)
+    cache = hf.ParallelCache()
 
     def fail(*_: Any) -> None:
         raise RuntimeError("in the middle")

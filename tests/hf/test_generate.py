@@ -135,9 +135,9 @@ def continues(mesh: comm.DeviceMesh, given: str) -> None:
     full_mask = torch.cat([mask, torch.ones(2, full.shape[1] - 6, dtype=torch.long)], 1)
     expected = generate(model, input_ids=full, attention_mask=full_mask)
     hf.parallelize(model, mesh)
-    cache = DynamicCache() if given == "dynamic" else hf.ParallelCache(3)
+    cache = DynamicCache() if given == "dynamic" else hf.ParallelCache()
     if given == "paged":
-        cache = hf.ParallelCache(3, num_pages=12, page_size=4)
+        cache = hf.ParallelCache(num_pages=12, page_size=4)
     first = generate(model, input_ids=ids, attention_mask=mask, past_key_values=cache)
     assert cache.get_seq_length() == first.shape[1] - 1
     assert torch.equal(generate(model, input_ids=full, attention_mask=full_mask, past_key_values=cache), expected)

@@ -20,7 +20,8 @@ CPU = torch.device("cpu")
 def masks(draw: st.DrawFn, max_seen: int = 4) -> tuple[torch.Tensor, int]:
     """A 0/1 mask [B, seen + S], and seen."""
     batch, length, seen = draw(st.integers(1, 4)), draw(st.integers(1, 7)), draw(st.integers(0, max_seen))
-    bits = draw(st.lists(st.booleans(), min_size=batch * (seen + length), max_size=batch * (seen + length)))
+    size = batch * (seen + length)
+    bits = draw(st.just([True] * size) | st.lists(st.booleans(), min_size=size, max_size=size))
     mask = torch.tensor(bits).view(batch, seen + length)
     assume(mask[:, seen:].any())
     return mask, seen

@@ -218,7 +218,7 @@ class ParallelBackbone(nn.Module):
         tokens = self._check_tokens(input_ids, inputs_embeds)
         shape, device = (tokens.shape[0], tokens.shape[1]), tokens.device
         if past_key_values is None and (self.config.use_cache if use_cache is None else use_cache):
-            past_key_values = ParallelCache(len(self.layers))
+            past_key_values = ParallelCache()
         store = None if past_key_values is None else store_of(past_key_values, len(self.layers))
         seen, history = (0, None) if store is None else (store.seen, store.history)
         padding = Padding.plan(shape, attention_mask, seen, history)

@@ -213,7 +213,6 @@ class ParallelCache(Cache):
     or, with both arguments, to bound its memory: steps that do not fit are then refused before anything is computed.
 
     Args:
-        num_layers: decoder layers of the model (`config.num_hidden_layers`).
         num_pages: pages for all requests; without it the cache is contiguous and grows.
         page_size: tokens in a page.
 
@@ -221,14 +220,14 @@ class ParallelCache(Cache):
         ValueError: one of `num_pages` and `page_size` is given alone.
     """
 
-    def __init__(self, num_layers: int, *, num_pages: int | None = None, page_size: int | None = None) -> None:
+    def __init__(self, *, num_pages: int | None = None, page_size: int | None = None) -> None:
         if (num_pages is None) != (page_size is None):
             raise ValueError(
                 f"`num_pages` and `page_size` must be given together, got {num_pages} and {page_size}; "
                 "leave both out for a cache that grows"
             )
-        store = CacheStore(num_pages, page_size)
-        super().__init__(layers=[_Layer(store, index) for index in range(num_layers)])
+        super().__init__(layers=[])
+        self.store = CacheStore(num_pages, page_size)
 
 
 def store_of(cache: Any, num_layers: int) -> CacheStore:
@@ -242,17 +241,19 @@ def store_of(cache: Any, num_layers: int) -> CacheStore:
     if isinstance(cache, Cache) and layers and isinstance(layers[0], _Layer):
         if len(layers) != num_layers:
             raise ValueError(f"`past_key_values` must have the model's {num_layers} layers, got {len(layers)}")
-        store: CacheStore = layers[0].store
-        return store
-    if type(cache) is not DynamicCache or cache.offloading:
+        return layers[0].store
+    if isinstance(cache, ParallelCache):
+        store = cache.store
+    elif type(cache) is not DynamicCache or cache.offloading:
         raise TypeError(
             f"`past_key_values` must be a ParallelCache or an empty DynamicCache, got {type(cache).__name__}"
             + (" with offloading" if getattr(cache, "offloading", False) else "")
         )
-    if cache.get_seq_length():
+    elif cache.get_seq_length():
         raise ValueError(
             f"`past_key_values` must be filled by this model, got a DynamicCache of {cache.get_seq_length()} tokens"
         )
-    store = CacheStore()
+    else:
+        store = CacheStore()
     cache.layers, cache.layer_class_to_replicate = [_Layer(store, index) for index in range(num_layers)], None
     return store

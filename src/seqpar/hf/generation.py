@@ -54,7 +54,7 @@ def _check_call(model: Any, call: Mapping[str, Any]) -> bytes:
         raise _refused("stopping_criteria", "free of MaxTimeCriteria, since clocks of ranks differ", "one")
     if call.get("streamer") is not None and config.num_beams > 1:
         raise _refused("streamer", "left out in beam search", "one")
-    content = [json.dumps(config.to_dict(), sort_keys=True, default=str).encode()]
+    content = [json.dumps(config.to_dict(), sort_keys=True, default=lambda value: type(value).__name__).encode()]
     for name, value in sorted({**inputs, "inputs": call.get("inputs")}.items()):
         if isinstance(value, Tensor):
             raw = value.detach().cpu().contiguous().view(-1).view(torch.uint8)
