@@ -137,6 +137,7 @@ def other_forms(mesh: comm.DeviceMesh) -> None:
         for call in ({"num_items_in_batch": torch.tensor(5)}, {"shift_labels": ids}):
             losses = [each(ids, labels=labels, **call).loss for each in (model, reference)]
             torch.testing.assert_close(losses[0], losses[1], rtol=1e-6, atol=0)
+        assert model(ids, output_hidden_states=0).hidden_states is None
         for which in (True, 1, -1, [0, -2], [7]):
             found = model(ids, output_hidden_states=which).hidden_states
             expected = reference(ids, output_hidden_states=which).hidden_states

@@ -185,7 +185,7 @@ class ParallelBackbone(nn.Module):
     def _gather_steps(
         self, x: Float[Tensor, "t_local m"], rows: Sequence[int] | None, batch: RaggedBatch
     ) -> Steps[Float[Tensor, "rows m"]]:
-        """Rows of the whole batch (None: all) out of every rank's tokens."""
+        """Rows of the whole batch (None: all) out of every rank's tokens; all rows travel over `tp` first if sharded."""
         layout = self.groups.layout
         if self.sequence_sharded:
             mine = even_split(batch.num_tokens, layout.sp)[self.groups.sp.rank()]
@@ -244,9 +244,9 @@ class ParallelBackbone(nn.Module):
         """The one of the two that is given, after checking dims and dtype."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of `input_ids` and `inputs_embeds` must be given, got both or neither")
-        name, tokens, dims = (
-            ("input_ids", input_ids, 2) if inputs_embeds is None else ("inputs_embeds", inputs_embeds, 3)
-        )
+        name, tokens, dims = "input_ids", input_ids, 2
+        if inputs_embeds is not None:
+            name, tokens, dims = "inputs_embeds", inputs_embeds, 3
         if not isinstance(tokens, Tensor) or tokens.is_floating_point() != (dims == 3) or tokens.is_complex():
             raise TypeError(
                 f"`{name}` must be {'an integer' if dims == 2 else 'a floating-point'} tensor, "
@@ -255,9 +255,8 @@ class ParallelBackbone(nn.Module):
         expected = "[B, S]" if dims == 2 else f"[B, S, {self.config.hidden_size}]"
         if tokens.dim() != dims or (dims == 3 and tokens.shape[2] != self.config.hidden_size):
             raise ValueError(f"`{name}` must have shape {expected}, got {list(tokens.shape)}")
-        if (
-            dims == 2 and tokens.is_cpu and tokens.numel()
-        ):  # all of them: a sequence rank embeds, and checks, only its own
+        if dims == 2 and tokens.is_cpu and tokens.numel():
+            # On every rank alike: the embedding would check this rank's tokens only. On CUDA it would wait for the GPU.
             low, high = (int(bound) for bound in torch.aminmax(tokens))
             if low < 0 or high >= self.vocab_size:
                 raise ValueError(f"`input_ids` must lie in [0, {self.vocab_size}), got values in [{low}, {high}]")
@@ -278,7 +277,7 @@ class ParallelBackbone(nn.Module):
 
     def _wanted(self, output_hidden_states: Any) -> frozenset[int] | None:
         """Indices of the hidden states asked for, counted as Transformers does; None for none."""
-        if output_hidden_states is None or output_hidden_states is False:
+        if not output_hidden_states:
             return None
         count = len(self.layers) + 1
         if output_hidden_states is True:
