@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from transformers import DynamicCache, GenerationConfig, MaxTimeCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from seqpar import comm, hf
-from tests.hf.tiny import ARCHITECTURES, left_padded, prompts, tiny_model
+from tests.hf.tiny import ARCHITECTURES, left_padded, prompts, random_overrides, tiny_model
 from tests.ranks import LAYOUTS, run_mesh
 
 NAME = "tp={0[0]}-sp={0[1]}".format
@@ -41,7 +42,7 @@ def generate(model: Any, how: str | None = None, **inputs: Any) -> torch.Tensor:
 def decodes_as_transformers(mesh: comm.DeviceMesh, kind: str, how: str | None, overrides: dict[str, Any]) -> None:
     model = tiny_model(kind, **overrides)
     batch = 1 if how == "lookup" else 3
-    ids, mask = left_padded(prompts(batch, 8), (2, 0, 5)[:batch])
+    ids, mask = left_padded(prompts(batch, 8, vocab=model.config.vocab_size), (2, 0, 5)[:batch])
     expected = generate(model, how, input_ids=ids, attention_mask=mask)
     hf.parallelize(model, mesh)
     found = generate(model, how, input_ids=ids, attention_mask=mask)
@@ -52,6 +53,13 @@ def decodes_as_transformers(mesh: comm.DeviceMesh, kind: str, how: str | None, o
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_greedy_tokens_of_a_left_padded_batch(kind: str, layout: tuple[int, int]) -> None:
     run_mesh(layout, decodes_as_transformers, kind, None, {})
+
+
+@pytest.mark.parametrize("seed", range(16))
+def test_random_configs(seed: int) -> None:
+    draw = random.Random(seed)
+    kind, layout = ARCHITECTURES[seed % 4], draw.choice(LAYOUTS)
+    run_mesh(layout, decodes_as_transformers, kind, None, random_overrides(kind, draw, layout[0] * layout[1]))
 
 
 @pytest.mark.parametrize(("kind", "how", "layout"), CASES)

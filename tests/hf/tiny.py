@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from functools import partial
 from typing import Any
 
@@ -48,6 +49,36 @@ def tiny_config(kind: str, **overrides: Any) -> PretrainedConfig:
         "pad_token_id": None,
     }
     return AutoConfig.for_model(kind, **{**common, **SHAPES[kind], **overrides})
+
+
+def random_overrides(kind: str, draw: random.Random, ranks: int) -> dict[str, Any]:
+    """A random shape of that architecture with at least one query head for each rank."""
+    kv_heads = draw.randint(1, 4)
+    heads = kv_heads * draw.randint(-(-ranks // kv_heads), -(-ranks // kv_heads) + 2)
+    head_dim = 2 * draw.randint(1, 6)
+    overrides: dict[str, Any] = {
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "hidden_size": heads * head_dim,
+        "head_dim": head_dim,
+        "intermediate_size": draw.randint(1, 90),
+        "num_hidden_layers": draw.randint(1, 3),
+        "vocab_size": draw.randint(12, 90),
+        "tie_word_embeddings": draw.random() < 0.5,
+    }
+    if kind in ("mistral", "qwen3"):
+        overrides["hidden_size"] = draw.randint(8, 60)
+    if kind == "mistral":
+        overrides["sliding_window"] = draw.choice([None, draw.randint(1, 10)])
+    if kind in ("qwen2", "qwen3"):
+        overrides |= {"use_sliding_window": True, "sliding_window": draw.randint(1, 10), "max_window_layers": 1}
+    if kind in ("llama", "qwen3"):
+        overrides["attention_bias"] = draw.random() < 0.5
+    if kind == "llama":
+        overrides["mlp_bias"] = draw.random() < 0.5
+    if kind == "qwen2":
+        del overrides["head_dim"]
+    return overrides
 
 
 def tiny_model(kind: str, *, dtype: torch.dtype = torch.float64, seed: int = 1, **overrides: Any) -> Any:

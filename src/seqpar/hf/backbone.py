@@ -185,7 +185,7 @@ class ParallelBackbone(nn.Module):
     def _gather_steps(
         self, x: Float[Tensor, "t_local m"], rows: Sequence[int] | None, batch: RaggedBatch
     ) -> Steps[Float[Tensor, "rows m"]]:
-        """Rows of the whole batch (None: all) out of every rank's tokens; all rows travel over `tp` first if sharded."""
+        """Rows of the whole batch (None: all) out of every rank's tokens; over `tp`, when sharded, all travel."""
         layout = self.groups.layout
         if self.sequence_sharded:
             mine = even_split(batch.num_tokens, layout.sp)[self.groups.sp.rank()]
