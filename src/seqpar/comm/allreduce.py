@@ -21,6 +21,9 @@ medians of 41 interleaved runs, in microseconds, result allocated anew in each:
 | 4 MB | 6815 / 9389 / 12024 | 23905 / 16027 / 10061 | 42294 / 19612 / 18913 |
 | 8 MB | 9917 / 12036 / 15310 | 57332 / 30356 / 22209 | 112245 / 27614 / 26419 |
 | 16 MB | 35642 / 27604 / 35976 | 148573 / 55268 / 47204 | 319044 / 59543 / 50275 |
+
+At a decode step (8, 64, 512 KB for 1, 8, 64 tokens of 2048, p=2) `all_reduce` took 404, 413 and 690 us in the median of
+120 interleaved calls, PyTorch's functional all-reduce, on which DTensor stands, 930, 900 and 1270 (same machine).
 """
 
 from __future__ import annotations
