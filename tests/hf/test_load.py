@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -74,7 +76,9 @@ def test_sequence_sharded(tmp_path: Path) -> None:
 
 
 def converts(mesh: comm.DeviceMesh, path: str, dtype: torch.dtype | None) -> None:
-    model = hf.load(path, mesh, dtype=dtype, progress=True)
+    with contextlib.redirect_stderr(io.StringIO()) as shown:
+        model = hf.load(path, mesh, dtype=dtype, progress=True)
+    assert ("loading: 100%" in shown.getvalue()) == (comm.groups(mesh).flat.rank() == 0)
     reference = AutoModelForCausalLM.from_pretrained(path, dtype=dtype or "auto")
     assert model.dtype == reference.dtype
     for name, tensor in model.seqpar.gather_state_dict().items():
@@ -154,10 +158,6 @@ WRONG: dict[str, tuple[Callable[[Path], Any], str]] = {
         weights(lambda tensors: tensors.update({NORM: torch.zeros(48, dtype=torch.int8)})),
         "`model.norm.weight` must have one of the dtypes F64, F32, F16, BF16, got I8",
     ),
-    "tied by the config only": (
-        config(tie_word_embeddings=True),
-        "`lm_head.weight` must equal `model.embed_tokens.weight`, as config.json ties them, got other numbers",
-    ),
     "truncated": (
         lambda path: (path / "model.safetensors").write_bytes((path / "model.safetensors").read_bytes()[:-9]),
         "it is truncated or corrupt",
@@ -185,6 +185,15 @@ def test_a_checkpoint_that_is_wrong_on_one_rank(good: Path, tmp_path: Path, name
         (tmp_path / file.name).write_bytes(file.read_bytes())
     change(tmp_path)
     run_mesh((2, 1), refuses, str(good), str(tmp_path), message)
+
+
+def test_ties_that_the_weights_contradict(good: Path, tmp_path: Path) -> None:
+    """Found only while reading, on the ranks whose rows differ: here on both."""
+    for file in good.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    config(tie_word_embeddings=True)(tmp_path)
+    message = "`lm_head.weight` must equal `model.embed_tokens.weight`, as config.json ties them, got other numbers"
+    run_mesh((2, 1), refuses, str(tmp_path), str(tmp_path), message)
 
 
 def refuses_arguments(mesh: comm.DeviceMesh, path: str) -> None:
