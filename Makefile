@@ -14,11 +14,7 @@ STAMP := $(VENV)/.installed
 PEERS := $(VENV)-peers
 PEERS_STAMP := $(PEERS)/.installed
 
-# PyTorch's CPU index, offered to pip only where it answers: the machine may be offline or have its own wheels.
-CPU_INDEX := https://download.pytorch.org/whl/cpu
-HAS_INDEX := import urllib.request as u; u.urlopen("$(CPU_INDEX)/torch/", timeout=5)
-PIP = $(1)/bin/python -m pip install -qq --disable-pip-version-check -c constraints-cpu.txt \
-  $$($(1)/bin/python -c '$(HAS_INDEX)' 2>/dev/null && echo --extra-index-url $(CPU_INDEX))
+PIP = $(1)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-cpu.txt
 
 # One compute thread a rank: ranks share the cores, and torchrun would otherwise set this with a warning.
 TORCHRUN := OMP_NUM_THREADS=1 $(BIN)/torchrun --nnodes=1 --rdzv-backend=c10d --rdzv-endpoint=127.0.0.1:0 \

@@ -19,10 +19,7 @@ from seqpar.partition import HeadMap
 from seqpar.ragged import RaggedBatch
 from tests.layers.reference import DecoderLayer, rope
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = pytest.mark.gpu
 CHECKPOINT = Path(__file__).parent.parent / "examples" / "tiny-llama"
 
 

@@ -64,6 +64,8 @@ def test_reference_is_the_definition(case: Case) -> None:
 @example(case=Case((70, 70), (0, 0), (0, 0, 1, 1), 2, 16, 20, 0, 0))  # a window over equal prompts
 @example(case=Case((1,) * 4, (30,) * 4, (0, 0, 1, 1), 2, 16, None, 128, 0))  # decodes in adjacent pages
 @example(case=Case((2, 5), (30, 30), (0, 1, 1), 2, 16, 66, 3, 1))  # scattered pages, uneven heads
+@example(case=Case((300, 517), (0, 0), (0, 0, 1, 1), 2, 16, None, 0, 0))  # long enough for triangles and squares
+@example(case=Case((257, 257), (31, 31), (0, 0, 1), 2, 16, None, 64, 0))  # the same after cached keys
 def test_torch_is_the_reference(device: str, dtype: torch.dtype, case: Case) -> None:
     q, k, v, batch = case.inputs(dtype)
     options = {"window": case.window, "kv_head_of": case.kv_head_of}
