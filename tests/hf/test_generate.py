@@ -43,10 +43,16 @@ def decodes_as_transformers(mesh: comm.DeviceMesh, kind: str, how: str | None, o
     model = tiny_model(kind, **overrides)
     batch = 1 if how == "lookup" else 3
     ids, mask = left_padded(prompts(batch, 8, vocab=model.config.vocab_size), (2, 0, 5)[:batch])
-    expected = generate(model, how, input_ids=ids, attention_mask=mask)
+    expected = generate(model, how, input_ids=ids, attention_mask=mask), logits(model, ids, mask)
     hf.parallelize(model, mesh)
-    found = generate(model, how, input_ids=ids, attention_mask=mask)
-    assert torch.equal(found, expected), (found, expected)
+    found = generate(model, how, input_ids=ids, attention_mask=mask), logits(model, ids, mask)
+    assert torch.equal(found[0], expected[0]), (found[0], expected[0])
+    torch.testing.assert_close(found[1], expected[1], rtol=0, atol=1e-5)  # Transformers' norms round to float32
+
+
+def logits(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return model(ids, attention_mask=mask).logits[mask.bool()]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=NAME)
