@@ -5,10 +5,15 @@ import os
 # Triton decides at its import whether it interprets or compiles; torch may import it.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import hypothesis
 import pytest
 import torch
 
 from tests import ranks
+
+# Machines are shared and the shape checker is slow the first time: an example that takes long is no failure.
+hypothesis.settings.register_profile("seqpar", deadline=None)
+hypothesis.settings.load_profile("seqpar")
 
 ranks.poison()
 torch.set_num_threads(1)

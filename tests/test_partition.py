@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from seqpar.partition import HeadMap, Layout, Range, block_ranges, even_ranges, even_split, shard_range
+from seqpar.partition import HeadMap, Interleave, Layout, Range, block_ranges, even_ranges, even_split, shard_range
 
 
 @st.composite
@@ -140,3 +140,25 @@ def test_maps_that_cannot_be_are_refused(arguments: tuple[int, int, int, int], m
 def test_unreachable_layout_is_refused() -> None:
     with pytest.raises(ValueError, match="`layout` must have the same ranks"):
         HeadMap(8, 2, 2, 2).views(0, Layout(1, 4), 0)
+
+
+@given(st.integers(1, 5000), st.integers(2, 9), st.integers(2, 2000))
+def test_chunks_tile_a_step_above_the_gate(num_tokens: int, chunks: int, min_tokens: int) -> None:
+    cuts = Interleave(chunks, min_tokens=min_tokens).cuts_of(num_tokens)
+    if num_tokens < min_tokens:
+        assert cuts == ()
+    else:
+        sizes = [b - a for a, b in zip((0, *cuts), (*cuts, num_tokens), strict=True)]
+        assert tuple(sizes) == even_split(num_tokens, min(chunks, num_tokens))
+
+
+def test_given_cuts_are_taken_as_they_are_or_refused() -> None:
+    assert Interleave(cuts=[3, 7], min_tokens=2).cuts_of(8) == (3, 7)
+    assert Interleave(cuts=(3, 7), min_tokens=20).cuts_of(8) == ()
+    with pytest.raises(ValueError, match=r"`cuts` must lie within the step's 7 tokens, got \[3, 7\]"):
+        Interleave(cuts=(3, 7), min_tokens=2).cuts_of(7)
+    for cuts in ([], [0, 3], [3, 3], [5, 2]):
+        with pytest.raises(ValueError, match="`cuts` must be positive and increasing"):
+            Interleave(cuts=cuts)
+    with pytest.raises(ValueError, match="`chunks` and `min_tokens` must be at least 2, got 1 and 1024"):
+        Interleave(1)

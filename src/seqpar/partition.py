@@ -19,6 +19,7 @@ from typing import Literal, NamedTuple
 
 __all__ = [
     "HeadMap",
+    "Interleave",
     "Layout",
     "Piece",
     "Range",
@@ -117,6 +118,52 @@ def shard_range(total: int, layout: Layout, tp_rank: int) -> Range:
 def union(ranges: Sequence[Range]) -> Range:
     """The smallest range that covers `ranges`, which lie in order and leave no gap."""
     return Range(ranges[0].start, ranges[-1].stop)
+
+
+@dataclass(frozen=True)
+class Interleave:
+    """How the tokens of a step are cut into chunks that take turns, each computing while another's sums travel (ISO).
+
+    Args:
+        chunks: how many, of equal numbers of tokens; requests are cut where that falls.
+        cuts: the first tokens of all chunks but the first instead, for steps of one known size.
+        min_tokens: steps of fewer tokens are not cut: decodes, which would read all weights once for each chunk, and
+            prompts whose halves are too small to be computed efficiently.
+
+    Raises:
+        ValueError: fewer than two chunks, cuts that are not positive and increasing, or a gate below two tokens.
+
+    Source: ISO, arXiv:2409.11155.
+    """
+
+    chunks: int = 2
+    cuts: Sequence[int] | None = None
+    min_tokens: int = 1024
+
+    def __post_init__(self) -> None:
+        if self.cuts is not None:
+            object.__setattr__(self, "cuts", tuple(self.cuts))
+            if not self.cuts or any(a >= b for a, b in pairwise((0, *self.cuts))):
+                raise ValueError(f"`cuts` must be positive and increasing, got {list(self.cuts)}")
+        if self.chunks < 2 or self.min_tokens < 2:
+            raise ValueError(
+                f"`chunks` and `min_tokens` must be at least 2, got {self.chunks} and {self.min_tokens}; "
+                'to cut nothing, turn the overlap "off"'
+            )
+
+    def cuts_of(self, num_tokens: int) -> tuple[int, ...]:
+        """Where a step of `num_tokens` tokens is cut; nowhere below the gate.
+
+        Raises:
+            ValueError: given cuts that lie outside of the step.
+        """
+        if num_tokens < self.min_tokens:
+            return ()
+        if self.cuts is None:
+            return tuple(chunk.start for chunk in even_ranges(num_tokens, min(self.chunks, num_tokens))[1:])
+        if self.cuts[-1] >= num_tokens:
+            raise ValueError(f"`cuts` must lie within the step's {num_tokens} tokens, got {list(self.cuts)}")
+        return tuple(self.cuts)
 
 
 @dataclass(frozen=True)

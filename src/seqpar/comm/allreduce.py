@@ -8,7 +8,7 @@ The first two add in float32 in rank order and round once, so they agree bit for
 tensor; a deterministic group uses only them. Without determinism two_shot lost: it never beat the better of the other
 two by more than noise.
 
-Measured, float32 over gloo by loopback, one thread a rank, on 2 shared and loaded cores of a 2.5 GHz Xeon (2026-11);
+Measured, float32 over gloo by loopback, one thread a rank, on 2 shared and loaded cores of an AMD EPYC (2026-11);
 medians of 41 interleaved runs, in microseconds, result allocated anew in each:
 
 | bytes | p=2 one / two / gloo | p=3 one / two / gloo | p=4 one / two / gloo |

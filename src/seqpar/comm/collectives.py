@@ -6,8 +6,8 @@ do not, and moves no part that a rank keeps where that part lies at an end of th
 lost: 20 % faster on an idle machine, but several times slower in the median on a busy one.
 
 An exchange calls the process group's method, which `torch.distributed.all_to_all_single` and PyTorch's own functional
-collectives end in; the wrapper doubles the host time of a launch, 3 to 6 us where this module adds about 10 (2.5 GHz
-Xeon, 2026-11).
+collectives end in; the wrapper doubles the host time of a launch, 3 to 6 us where this module adds about 10 (an AMD
+EPYC, 2026-11).
 """
 
 from __future__ import annotations
