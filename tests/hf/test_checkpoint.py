@@ -167,9 +167,12 @@ def test_an_index_over_files(tmp_path: Path) -> None:
     ],
 )
 def test_an_index_that_contradicts_its_files(tmp_path: Path, weight_map: dict[str, Any], message: str) -> None:
-    indexed(tmp_path, weight_map)
+    path = tmp_path / "model"
+    path.mkdir()
+    save_file(TENSORS, tmp_path / "one.safetensors")  # outside, and there
+    indexed(path, weight_map)
     with pytest.raises(ValueError) as error:
-        Checkpoint.open(tmp_path)
+        Checkpoint.open(path)
     assert message in str(error.value), str(error.value)
 
 

@@ -1,0 +1,105 @@
+"""ISO under Hugging Face's own forward and `generate`: chunks take turns, and nothing changes but the order of work."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from seqpar import comm
+from seqpar.hf import parallelize
+from seqpar.partition import Interleave
+from tests.hf.tiny import ARCHITECTURES, exact_norms, tiny_model
+from tests.kernels.own_errors import own_errors
+from tests.layers.reference import name_of
+from tests.ranks import run_mesh
+
+
+def padded() -> dict[str, torch.Tensor]:
+    """Two prompts, the second left-padded: 11 and 7 tokens."""
+    torch.manual_seed(2)
+    mask = torch.ones(2, 11, dtype=torch.long)
+    mask[1, :4] = 0
+    return {"input_ids": torch.randint(1, 67, (2, 11)), "attention_mask": mask}
+
+
+def same(mesh: comm.DeviceMesh, kind: str, overlap: Interleave, sequence_sharded: bool) -> None:
+    model, oracle, inputs = tiny_model(kind), exact_norms(tiny_model(kind)), padded()
+    keep = inputs["attention_mask"].bool()
+    with torch.no_grad():
+        expected = oracle(**inputs, output_hidden_states=True)
+    tokens = oracle.generate(**inputs, max_new_tokens=6, do_sample=False)
+    with parallelize(model, mesh, overlap=overlap, sequence_sharded=sequence_sharded), torch.no_grad():
+        for use_cache in (True, False):
+            out = model(**inputs, output_hidden_states=True, use_cache=use_cache)
+            torch.testing.assert_close(out.logits[keep], expected.logits[keep], rtol=1e-9, atol=1e-10)
+            for ours, theirs in zip(out.hidden_states, expected.hidden_states, strict=True):
+                torch.testing.assert_close(ours[keep], theirs[keep], rtol=1e-9, atol=1e-10)
+        few = model(**inputs, logits_to_keep=torch.tensor([10, 3, 9]))
+        seen = keep[:, [10, 3, 9]]
+        torch.testing.assert_close(few.logits[seen], expected.logits[:, [10, 3, 9]][seen], rtol=1e-9, atol=1e-10)
+        assert torch.equal(model.generate(**inputs, max_new_tokens=6, do_sample=False), tokens)
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+@pytest.mark.parametrize("layout", [(1, 1), (2, 1), (1, 2), (2, 2)], ids=name_of)
+def test_chunks_give_what_the_whole_gives(kind: str, layout: tuple[int, int]) -> None:
+    run_mesh(layout, same, kind, Interleave(2, min_tokens=4), False)
+    run_mesh(layout, same, kind, Interleave(cuts=(1, 5, 16), min_tokens=18), layout[0] > 1)
+
+
+def calls(mesh: comm.DeviceMesh, overlap: Any) -> tuple[int, int]:
+    """Collectives of the layers in a prefill of 12 tokens and in a decode."""
+    model = tiny_model("llama")
+    ids = torch.arange(12)[None]
+    with parallelize(model, mesh, overlap=overlap), torch.no_grad():
+        with comm.record() as prefill:
+            out = model(ids, use_cache=True, logits_to_keep=1)
+        with comm.record() as decode:
+            model(ids[:, -1:], past_key_values=out.past_key_values)
+    counts = [
+        sum(count.calls for (_, label), count in sent.counts.items() if ".layers." in label)
+        for sent in (prefill, decode)
+    ]
+    return counts[0], counts[1]
+
+
+def test_as_many_chunks_run_as_were_asked_for() -> None:
+    """Three layers of two collectives, once for each chunk; a decode is below the gate."""
+    for layout in ((2, 1), (1, 2)):
+        assert run_mesh(layout, calls, "off")[0] == (6, 6)
+        assert run_mesh(layout, calls, Interleave(2, min_tokens=12))[0] == (12, 6)
+        assert run_mesh(layout, calls, Interleave(3, min_tokens=12))[0] == (18, 6)
+        assert run_mesh(layout, calls, Interleave(3, min_tokens=13))[0] == (6, 6)
+
+
+def trained(mesh: comm.DeviceMesh) -> None:
+    """With gradients a step runs as it is: they do not flow through the cache that chunks share."""
+    model, ids = tiny_model("llama"), torch.arange(12)[None]
+    with parallelize(model, mesh, overlap=Interleave(2, min_tokens=4)):
+        model(ids, labels=ids).loss.backward()
+        assert all(param.grad is not None for param in model.model.layers.parameters())
+
+
+def test_steps_with_gradients_are_not_cut() -> None:
+    run_mesh((2, 1), trained)
+
+
+def refusals(mesh: comm.DeviceMesh) -> None:
+    model, ids = tiny_model("llama"), torch.arange(12)[None]
+    with own_errors(), pytest.raises(TypeError, match="`overlap` must be an Interleave or \"off\", got 'auto'"):
+        parallelize(model, mesh, overlap="auto")
+    with parallelize(model, mesh, overlap=Interleave(2, min_tokens=4)), torch.no_grad():
+        hook = model.model.layers[1].mlp.down_proj.register_forward_hook(lambda *_: None)
+        with pytest.raises(ValueError, match=r'`overlap` must be "off".*on `layers.1.mlp.down_proj`; remove them'):
+            model(ids)
+        hook.remove()
+        model(ids)
+    late = parallelize(model, mesh, overlap=Interleave(cuts=(12,), min_tokens=4))
+    with late, pytest.raises(ValueError, match=r"`cuts` must lie within the step's 12 tokens, got \[12\]"):
+        model.generate(ids, max_new_tokens=1)
+
+
+def test_what_cannot_be_cut_is_refused() -> None:
+    run_mesh((2, 1), refusals)
