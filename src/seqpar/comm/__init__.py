@@ -36,7 +36,7 @@ from seqpar.comm.mesh import Groups, groups, init_mesh, is_deterministic
 from seqpar.comm.record import Count, Recorder, record
 from seqpar.comm.reshard import heads_to_seq, heads_to_seq_steps, seq_to_heads, seq_to_heads_steps
 from seqpar.comm.schedule import interleave, interleave_steps
-from seqpar.comm.steps import Steps, call, run
+from seqpar.comm.steps import Steps, call, run, splits
 
 __all__ = [
     "Algorithm",
@@ -83,4 +83,5 @@ __all__ = [
     "send_recv_steps",
     "seq_to_heads",
     "seq_to_heads_steps",
+    "splits",
 ]

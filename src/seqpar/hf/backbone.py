@@ -7,7 +7,8 @@ program; `stack_steps` is the part of it that a schedule can run once for each c
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +24,7 @@ from seqpar.hf.cache import CacheSpec, CacheStore, ParallelCache, store_of
 from seqpar.hf.padding import Padding, check_windows
 from seqpar.kv import PagedKV
 from seqpar.layers import ParallelLMHead, gather_rows_steps
-from seqpar.partition import HeadMap, even_ranges, even_split
+from seqpar.partition import HeadMap, Interleave, even_ranges, even_split
 from seqpar.ragged import RaggedBatch
 
 __all__ = ["KEEP", "LMHead", "ParallelBackbone"]
@@ -41,6 +42,18 @@ class _Plan(NamedTuple):
     store: CacheStore | None = None
     kv: PagedKV | None = None
     cache: Cache | None = None
+    cuts: tuple[int, ...] = ()
+
+
+_Chunk = tuple[slice, RaggedBatch]
+
+
+def _chunks(batch: RaggedBatch, cuts: tuple[int, ...]) -> list[_Chunk]:
+    """The tokens of each chunk of a step, and what they are."""
+    if not cuts:
+        return [(slice(0, batch.num_tokens), batch)]
+    spans = [slice(a, b) for a, b in pairwise((0, *cuts, batch.num_tokens))]
+    return list(zip(spans, batch.split(cuts), strict=True))
 
 
 class ParallelBackbone(nn.Module):
@@ -58,6 +71,7 @@ class ParallelBackbone(nn.Module):
         vocab_size: ids that the embedding knows.
         windows: sliding window of each layer.
         sequence_sharded: activations are split over `tp` as well.
+        overlap: how large steps are cut into chunks that hide each other's collectives; None for not at all.
     """
 
     label: str = ""
@@ -76,8 +90,10 @@ class ParallelBackbone(nn.Module):
         vocab_size: int,
         windows: Sequence[int | None],
         sequence_sharded: bool = False,
+        overlap: Interleave | None = None,
     ) -> None:
         super().__init__()
+        self.overlap = overlap
         self.config, self.groups, self.heads, self.head_dim = config, groups, heads, head_dim
         self.windows, self.sequence_sharded = tuple(windows), sequence_sharded
         self.vocab_size = vocab_size
@@ -130,13 +146,20 @@ class ParallelBackbone(nn.Module):
         plan = self._plan(input_ids, inputs_embeds, attention_mask, position_ids, past_key_values, use_cache)
         tokens = plan.padding.pack(inputs_embeds if input_ids is None else input_ids)  # type: ignore[arg-type]
         cos, sin = self._rope(plan)
-        x, inputs = yield from self.stack_steps(tokens, plan.batch, cos, sin, plan.kv, keep_inputs=wanted or ())
-        everything = plan.padding.all_rows(x.device)
-        selection = plan.padding.select(keep, x.device) if wanted is None else everything
-        last = selection.unpack((yield from self._gather_steps(x, selection.rows, plan.batch)))
+        chunks = _chunks(plan.batch, plan.cuts)
+        outputs = yield from comm.interleave_steps(
+            [
+                self.stack_steps(tokens[rows], part, cos[rows], sin[rows], plan.kv, keep_inputs=wanted or ())
+                for rows, part in chunks
+            ]
+        )
+        everything = plan.padding.all_rows(tokens.device)
+        selection = plan.padding.select(keep, tokens.device) if wanted is None else everything
+        last = selection.unpack((yield from self._collect_steps([x for x, _ in outputs], selection.rows, chunks)))
         states: list[Any] = [None] * (len(self.layers) + 1)
-        for index, local in inputs.items():
-            states[index] = everything.unpack((yield from self._gather_steps(local, None, plan.batch)))
+        for index in outputs[0][1]:
+            local = [inputs[index] for _, inputs in outputs]
+            states[index] = everything.unpack((yield from self._collect_steps(local, None, chunks)))
         if wanted is not None and len(self.layers) in wanted:
             states[-1] = last
         if plan.store is not None:
@@ -182,6 +205,24 @@ class ParallelBackbone(nn.Module):
             x = comm.reduce_grad(x, group=self.groups.tp, label=self.label)[within.start : within.stop]
         return x
 
+    def _collect_steps(
+        self, locals_: Sequence[Tensor], rows: Sequence[int] | None, chunks: Sequence[_Chunk]
+    ) -> Steps[Float[Tensor, "rows m"]]:
+        """Rows of the whole step (None: all), in the order asked for, out of every rank's tokens of every chunk."""
+        if len(chunks) == 1:
+            return (yield from self._gather_steps(locals_[0], rows, chunks[0][1]))
+        parts: list[Tensor] = []
+        order: list[int] = []
+        for local, (span, batch) in zip(locals_, chunks, strict=True):
+            inside = [i for i, row in enumerate(rows or ()) if span.start <= row < span.stop]
+            order += inside
+            mine = None if rows is None else [rows[i] - span.start for i in inside]
+            parts.append((yield from self._gather_steps(local, mine, batch)))
+        gathered = torch.cat(parts)
+        if order == sorted(order):
+            return gathered
+        return gathered[torch.tensor(order, device=gathered.device).argsort()]
+
     def _gather_steps(
         self, x: Float[Tensor, "t_local m"], rows: Sequence[int] | None, batch: RaggedBatch
     ) -> Steps[Float[Tensor, "rows m"]]:
@@ -225,14 +266,34 @@ class ParallelBackbone(nn.Module):
         if padding.mask is not None or history is not None:
             check_windows(self.windows, attention_mask.cpu().bool())
         places = self._check_positions(position_ids, shape, seen, device)
-        if store is None:
-            if position_ids is not None and attention_mask is None:
-                padding = Padding.packed(shape, places.expand(shape))
-            positions = padding.pack(places.expand(shape))
+        if store is None and position_ids is not None and attention_mask is None:
+            padding = Padding.packed(shape, places.expand(shape))
+        positions = padding.pack(places.expand(shape))
+        cuts = self._cuts(padding, inputs_embeds)
+        if store is None and not cuts:
             batch = RaggedBatch.build(padding.q_lens, padding.q_lens, positions=positions, device=device)
             return _Plan(padding, batch, places)
-        kv, batch = store.begin(padding, padding.pack(places.expand(shape)), self.cache_spec())
-        return _Plan(padding, batch, places, store, kv, past_key_values)
+        store = (
+            CacheStore() if store is None else store
+        )  # chunks see each other's keys in a cache, if only for one step
+        kv, batch = store.begin(padding, positions, self.cache_spec())
+        return _Plan(padding, batch, places, store, kv, past_key_values, cuts)
+
+    def _cuts(self, padding: Padding, inputs_embeds: Tensor | None) -> tuple[int, ...]:
+        """Where this step is cut: nowhere where gradients are wanted, which do not flow through a cache."""
+        if self.overlap is None or len(padding.q_lens) != padding.shape[0]:
+            return ()
+        inputs = () if inputs_embeds is None else (inputs_embeds,)
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*inputs, *self.parameters())):
+            return ()
+        cuts = self.overlap.cuts_of(padding.num_tokens)
+        whole = next(called_whole(self.layers, "layers"), None) if cuts else None
+        if whole is not None:
+            raise ValueError(
+                f'`overlap` must be "off" while a layer is called as a whole, got hooks or a wrapper on `{whole}`; '
+                "remove them, or parallelize without overlap"
+            )
+        return cuts
 
     def cache_spec(self) -> CacheSpec:
         """What this rank caches."""
@@ -299,6 +360,17 @@ class ParallelBackbone(nn.Module):
         for name, value in options.items():
             if value is not None and value is not False and name not in _FOR_THE_LOSS:
                 raise TypeError(f"`{name}` must not be given to a parallelized model, got {type(value).__name__}")
+
+
+def called_whole(root: nn.Module, path: str) -> Iterator[str]:
+    """Paths of the modules below `root` that have steps which `comm.call` would not join, so that nothing overlaps."""
+    for name, child in root.named_children():
+        below = f"{path}.{name}"
+        if any(hasattr(type(module), "steps") for module in child.modules()):
+            if comm.splits(child) or isinstance(child, nn.ModuleList):
+                yield from called_whole(child, below)
+            else:
+                yield below
 
 
 class LMHead(ParallelLMHead):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from tqdm import tqdm  # type: ignore[import-untyped]
@@ -19,6 +19,7 @@ from seqpar.hf.checkpoint import DTYPES, Checkpoint, parse_object
 from seqpar.hf.models import ARCHITECTURES, check_config
 from seqpar.hf.swap import LoadReport, Parallelized, build
 from seqpar.layers import iter_sources
+from seqpar.partition import Interleave
 
 __all__ = ["load"]
 
@@ -34,6 +35,7 @@ def load(
     device: torch.device | str | None = None,
     progress: bool | None = None,
     sequence_sharded: bool = False,
+    overlap: Interleave | Literal["off"] = "off",
 ) -> PreTrainedModel:
     """Load a causal LM from safetensors, each rank its own slices.
 
@@ -44,6 +46,7 @@ def load(
         device: where they go; by default the mesh's device.
         progress: show a bar on rank 0; by default where stderr is a terminal.
         sequence_sharded: see `parallelize`.
+        overlap: see `parallelize`.
 
     Returns:
         The Transformers model in evaluation mode; `model.seqpar` has the `LoadReport`.
@@ -61,9 +64,10 @@ def load(
     content = b""
     with agreed(groups.flat):
         checkpoint, whole = _build_on_meta(Path(path), dtype)
-        parallel = Parallelized(whole, groups, *build(whole, groups, sequence_sharded=sequence_sharded))
+        modules = build(whole, groups, sequence_sharded=sequence_sharded, overlap=overlap)
+        parallel = Parallelized(whole, groups, *modules)
         _check(checkpoint, parallel)
-        content = _describe(checkpoint, parallel) + bytes([sequence_sharded])
+        content = _describe(checkpoint, parallel) + f"{sequence_sharded} {overlap}".encode()
     check_same("checkpoint, `dtype` and options", content, group=groups.flat, device=place)
     assert parallel is not None and checkpoint is not None
     show = groups.flat.rank() == 0 and (sys.stderr.isatty() if progress is None else progress)

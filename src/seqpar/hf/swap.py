@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from types import MethodType, TracebackType
-from typing import Any, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -31,7 +31,7 @@ from seqpar.layers import (
     name_modules,
     sync_gradients,
 )
-from seqpar.partition import HeadMap
+from seqpar.partition import HeadMap, Interleave
 
 __all__ = ["LoadReport", "Parallelized", "build", "parallelize"]
 
@@ -125,7 +125,13 @@ class Parallelized:
         self.undo()
 
 
-def parallelize(model: PreTrainedModel, mesh: DeviceMesh, *, sequence_sharded: bool = False) -> Parallelized:
+def parallelize(
+    model: PreTrainedModel,
+    mesh: DeviceMesh,
+    *,
+    sequence_sharded: bool = False,
+    overlap: Interleave | Literal["off"] = "off",
+) -> Parallelized:
     """Swap the stack and the head of a model for parallel ones, in place.
 
     Every rank passes the same model, whole. The parallel modules hold copies of their slices; the original modules are
@@ -136,6 +142,8 @@ def parallelize(model: PreTrainedModel, mesh: DeviceMesh, *, sequence_sharded: b
         mesh: see `seqpar.init_mesh`.
         sequence_sharded: split activations between the linears over `tp` too: reduce-scatters and all-gathers replace
             the all-reduces, and norms are not repeated (arXiv:2205.05198).
+        overlap: cut large steps into chunks whose collectives hide under each other's compute (ISO); the same results,
+            up to rounding. Steps below its gate and steps with gradients run as they are.
 
     Comm:  agreement on the model and on samples of its weights.
 
@@ -147,21 +155,28 @@ def parallelize(model: PreTrainedModel, mesh: DeviceMesh, *, sequence_sharded: b
     content, modules = b"", None
     with agreed(groups.flat):
         check_model(model)
-        content = _sample(model) + bytes([sequence_sharded])
-        modules = build(model, groups, sequence_sharded=sequence_sharded)
+        content = _sample(model) + f"{sequence_sharded} {overlap}".encode()
+        modules = build(model, groups, sequence_sharded=sequence_sharded, overlap=overlap)
     check_same("config and weights of `model`", content, group=groups.flat, device=model.device)
     assert modules is not None
     return Parallelized(model, groups, *modules)
 
 
 def build(
-    model: PreTrainedModel, groups: Groups, *, sequence_sharded: bool = False
+    model: PreTrainedModel,
+    groups: Groups,
+    *,
+    sequence_sharded: bool = False,
+    overlap: Interleave | Literal["off"] = "off",
 ) -> tuple[ParallelBackbone, ParallelLMHead]:
     """The parallel modules for a model; meta weights give meta slices.
 
     Raises:
         ValueError: its heads cannot be split over the mesh.
+        TypeError: an overlap that is none.
     """
+    if overlap != "off" and not isinstance(overlap, Interleave):
+        raise TypeError(f'`overlap` must be an Interleave or "off", got {overlap!r}')
     config, stack = model.config, model.model
     heads = HeadMap(config.num_attention_heads, config.num_key_value_heads, *groups.layout)
     windows = sliding_windows(config)
@@ -190,6 +205,7 @@ def build(
         vocab_size=embedding.num_embeddings,
         windows=windows,
         sequence_sharded=sequence_sharded,
+        overlap=overlap if isinstance(overlap, Interleave) else None,
     )
     if model.lm_head.weight is stack.embed_tokens.weight:
         return backbone, LMHead.tied(embedding, groups=groups)
