@@ -210,6 +210,19 @@ def test_nothing_in_nothing_out(backend: str, q_lens: tuple[int, ...]) -> None:
     assert out.shape == (0, 4, 8) and lse.shape == (0, 4)
 
 
+@pytest.mark.parametrize("window", [12, 76])
+def test_one_batch_serves_every_dtype_and_length(window: int) -> None:
+    """What a batch remembers of one call does not leak into the next."""
+    case = Case((5, 70), (9, 30), EVEN, 2, 8, window, 8, 1)
+    batch = case.inputs(torch.float64).batch
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        q, k, v, _ = case.inputs(dtype)
+        q.requires_grad_()
+        out, _ = attention(q, k, v, batch, window=case.window)
+        want, _ = attention(q.double(), k.double(), v.double(), batch, window=case.window, backend="reference")
+        torch.testing.assert_close(out.double(), want, rtol=0, atol=OUT_ATOL[dtype])
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_no_heads(backend: str) -> None:
     q, k = torch.zeros(3, 0, 8), torch.zeros(3, 0, 8)
