@@ -283,6 +283,18 @@ def test_pages_of_another_size_are_refused() -> None:
         attention(Q, PAGES, PAGES, batch)
 
 
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize(("q_lens", "kv_lens"), [([4, 4], [4, 4]), ([1, 1], [5, 5]), ([3], [9]), ([70], [90])])
+def test_other_devices_than_the_cpu_give_the_same_shapes(
+    window: int | None, q_lens: list[int], kv_lens: list[int]
+) -> None:
+    """Through the operator for CUDA in float32, on tensors without data."""
+    q, k = torch.empty(sum(q_lens), 4, 8, device="meta"), torch.empty(sum(kv_lens), 2, 8, device="meta")
+    out, lse = attention(q, k, k, RaggedBatch.build(q_lens, kv_lens), window=window, backend="torch")
+    assert out.shape == q.shape and out.is_contiguous()
+    assert lse.shape == q.shape[:2] and lse.is_contiguous() and lse.dtype == torch.float32
+
+
 # The CUDA path, with the operator's documented meaning played by the reference: what it is asked for is tested here,
 # what it answers on a machine that has it.
 
