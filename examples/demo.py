@@ -116,7 +116,7 @@ def run(options, layout, tokenizer, prompts, long_prompt, expected, expected_lon
         options.model, mesh, dtype=torch.float32, progress=first, sequence_sharded=options.sequence_sharded
     )
     one = {name: tensor[:1] for name, tensor in tokenizer([PROMPTS[0]], return_tensors="pt").items()}
-    model.generate(**one, **generation(options), streamer=TextStreamer(tokenizer) if first else None)
+    model.generate(**one, **generation(options), streamer=TextStreamer(tokenizer, skip_special_tokens=True) if first else None)
     out = model.generate(**prompts, **generation(options))
     row, out_long = measure(options, layout, model, long_prompt)
     row.correct = report(tokenizer, "left-padded batch", out, expected, first) and report(
