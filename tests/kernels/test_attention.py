@@ -73,7 +73,7 @@ def test_torch_is_the_reference(device: str, dtype: torch.dtype, case: Case) -> 
     q, k, v, batch = q.to(device), k.to(device), v.to(device), batch.to(device)
     before = [x.clone() for x in (q, k, v)]
     out, lse = (x.cpu() for x in attention(q, k, v, batch, backend="torch", **options))
-    assert out.dtype == dtype and out.shape == q.shape
+    assert out.dtype == dtype and out.shape == q.shape and out.is_contiguous()
     assert lse.dtype == torch.promote_types(dtype, torch.float32) and lse.is_contiguous()
     torch.testing.assert_close(out.double(), want_out, rtol=0, atol=OUT_ATOL[dtype])
     torch.testing.assert_close(lse.double(), want_lse, rtol=0, atol=LSE_ATOL[dtype])

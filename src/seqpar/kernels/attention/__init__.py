@@ -29,7 +29,7 @@ def attention(
     In:    q[T, H, D]; k, v either flat [sum(kv_lens), G, D], the requests one after another, when the batch has no
            cache, or pages [pages, page_size, G, D] that hold the new tokens already. Views with unit stride in D are
            read in place.
-    Out:   out[T, H, D] in the dtype of q; lse[T, H], natural log, float32 (float64 for float64), contiguous.
+    Out:   out[T, H, D] in the dtype of q; lse[T, H], natural log, float32 (float64 for float64); both contiguous.
     Grad:  to q, k, v through `out`; through `lse` with backend="reference" only, elsewhere an error.
 
     Args:

@@ -66,7 +66,7 @@ def attention(
         k, v = _addressable(k), _addressable(v)
         groups, runs = _plan(batch, window, kv_head_of)
         parts = [_cat([_attend(q, k, v, group, run, call) for run in runs], 1) for group in groups]
-        out, lse = _cat(parts, 0)
+        out, lse = (x.contiguous() for x in _cat(parts, 0))  # they mostly are
     return (out, _OutOnly.apply(lse, out)) if grad else (out, lse)  # type: ignore[no-untyped-call]
 
 
@@ -126,7 +126,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, group: Group, run: HeadRun, call: _
         out, lse = _chunk(q, k, v, group.prefix, call.scale)
     else:
         out, lse = _causal(q, k, v, call.scale, call.grad)
-    return out.transpose(1, 2).flatten(0, 1), lse.transpose(1, 2).flatten(0, 1).contiguous()
+    return out.transpose(1, 2).flatten(0, 1), lse.transpose(1, 2).flatten(0, 1)
 
 
 def _keys(x: Tensor, group: Group, run: HeadRun) -> Tensor:
@@ -144,15 +144,16 @@ def _chunk(q: Tensor, k: Tensor, v: Tensor, prefix: int, scale: float) -> Partia
     packed = q.reshape(len(q), k.shape[1], -1, q.shape[3]) if q.shape[2] <= PACKED_ROWS else q
     out, lse = _fused(packed, k[:, :, :prefix], v[:, :, :prefix], scale)
     own = _causal(q, k[:, :, prefix:], v[:, :, prefix:], scale)
-    return merge((out.reshape(q.shape), own[0]), (lse.reshape(q.shape[:3]), own[1]))
+    return merge((own[0], out.reshape(q.shape)), (own[1], lse.reshape(q.shape[:3])))  # in the layout of the first
 
 
 def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float, grad: bool = False) -> Partial:
     """New tokens among themselves."""
-    if grad or q.device.type != "cpu" or q.shape[2] <= TRIANGLE_ROWS:
+    if grad or not q.is_cpu or q.shape[2] <= TRIANGLE_ROWS:
         return _fused(q, k, v, scale, causal=True)
     wide = torch.promote_types(q.dtype, torch.float32)
-    out, lse = q.new_empty(q.shape, dtype=wide), q.new_empty(q.shape[:3], dtype=wide)
+    b, h, s, d = q.shape
+    out, lse = q.new_empty(b, s, h, d, dtype=wide).transpose(1, 2), q.new_empty(b, h, s, dtype=wide)
     _triangle(q, k, v, scale, out, lse)
     return out.to(q.dtype), lse
 
@@ -198,8 +199,10 @@ def _band(q: Tensor, k: Tensor, v: Tensor, prefix: int, call: _Call) -> Partial:
         stop = min(start + BAND_ROWS, length)
         first, last = max(0, prefix + start - before), prefix + stop
         part = mask[: stop - start, before - (prefix + start - first) : before + stop - start]
-        parts.append(_fused(q[:, :, start:stop], k[:, :, first:last], v[:, :, first:last], call.scale, mask=part))
-    return _cat(parts, 2)
+        out, lse = _fused(q[:, :, start:stop], k[:, :, first:last], v[:, :, first:last], call.scale, mask=part)
+        parts.append((out.transpose(1, 2), lse.transpose(1, 2)))  # rows outermost, as the result is to lie
+    out, lse = _cat(parts, 1)
+    return out.transpose(1, 2), lse.transpose(1, 2)
 
 
 def _mask(rows: int, window: int, like: Tensor, batch: RaggedBatch) -> Tensor:
