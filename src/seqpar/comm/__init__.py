@@ -1,4 +1,4 @@
-"""Communication: meshes and groups, collectives in flight, reshards, the serial schedule, counts.
+"""Communication: meshes and groups, collectives in flight, reshards, schedules, counts, traces, simulated links.
 
 The only part of seqpar that imports `torch.distributed`.
 """
@@ -32,23 +32,32 @@ from seqpar.comm.differentiable import (
     send_recv_steps,
 )
 from seqpar.comm.handle import CommError, Handle, Mark, describe
+from seqpar.comm.link import LINK_PRESETS, LinkCosts, SimulatedLink
 from seqpar.comm.mesh import Groups, groups, init_mesh, is_deterministic
 from seqpar.comm.record import Count, Recorder, record
 from seqpar.comm.reshard import heads_to_seq, heads_to_seq_steps, seq_to_heads, seq_to_heads_steps
 from seqpar.comm.schedule import interleave, interleave_steps
 from seqpar.comm.steps import Steps, call, run, splits
+from seqpar.comm.trace import Exposure, Interval, Trace, TraceReport, trace
 
 __all__ = [
+    "LINK_PRESETS",
     "Algorithm",
     "CommError",
     "Count",
     "DeviceMesh",
+    "Exposure",
     "Groups",
     "Handle",
+    "Interval",
+    "LinkCosts",
     "Mark",
     "ProcessGroup",
     "Recorder",
+    "SimulatedLink",
     "Steps",
+    "Trace",
+    "TraceReport",
     "agree",
     "all_gather",
     "all_gather_async",
@@ -84,4 +93,5 @@ __all__ = [
     "seq_to_heads",
     "seq_to_heads_steps",
     "splits",
+    "trace",
 ]

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup, Work
 
 from seqpar.comm.allreduce import all_reduce_algorithm, check_summable, sum_in_rank_order
+from seqpar.comm.flight import depart, is_watched
 from seqpar.comm.handle import Handle, describe, failure
 from seqpar.comm.mesh import is_deterministic
 from seqpar.comm.record import count
@@ -72,7 +73,8 @@ def all_reduce_phases(x: Tensor, group: ProcessGroup, label: str) -> tuple[Handl
         return _one_shot(op, label, group, x), None
     if algorithm == "backend":
         out = x.clone(memory_format=torch.contiguous_format)  # gloo reduces only part of a strided tensor
-        return _launched(op, label, group, lambda: group.allreduce([out]), lambda: out, (out,)), None
+        sent_bytes = least * x.itemsize
+        return _launched(op, label, group, lambda: group.allreduce([out]), lambda: out, (out,), sent_bytes), None
     sizes = even_split(n, p)
     return (
         _reduce_parts(op, label, group, x.contiguous().view(-1), sizes),
@@ -189,12 +191,13 @@ def broadcast_async(x: Tensor, *, src: int, group: ProcessGroup, label: str = ""
         return Handle.finished(op, label, group, x)
     x = x.detach()
     here = group.rank() == src
-    count(op, label, (p - 1) * x.numel() * x.itemsize if here else 0)
+    sent_bytes = (p - 1) * x.numel() * x.itemsize if here else 0
+    count(op, label, sent_bytes)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if here:
         out.copy_(x)
     moved = _as_bytes(out)
-    return _launched(op, label, group, lambda: group.broadcast(moved, src), lambda: out, (out,))
+    return _launched(op, label, group, lambda: group.broadcast(moved, src), lambda: out, (out,), sent_bytes)
 
 
 def reduce_async(x: Tensor, *, dst: int, group: ProcessGroup, label: str = "") -> Handle:
@@ -258,13 +261,14 @@ def send_recv_async(
     if dst == rank:
         return Handle.finished(op, label, group, x)
     x = x.detach().contiguous()
-    count(op, label, x.numel() * x.itemsize)
+    sent_bytes = x.numel() * x.itemsize
+    count(op, label, sent_bytes)
     out = x.new_empty(x.shape if recv_shape is None else tuple(recv_shape))
     ops = [
         dist.P2POp(dist.isend, _as_bytes(x), group=group, tag=tag, group_peer=dst),
         dist.P2POp(dist.irecv, _as_bytes(out), group=group, tag=tag, group_peer=src),
     ]
-    return _launched(op, label, group, lambda: dist.batch_isend_irecv(ops), lambda: out, (x, out))
+    return _launched(op, label, group, lambda: dist.batch_isend_irecv(ops), lambda: out, (x, out), sent_bytes)
 
 
 Part = tuple[Tensor, list[int]]
@@ -290,11 +294,15 @@ def exchange(
         sent, received = _as_bytes(source), _as_bytes(target)
         send_sizes = [size * source.itemsize for size in send_sizes]
         recv_sizes = [size * source.itemsize for size in recv_sizes]
+    flight = None
+    if is_watched():
+        sent_bytes = (sum(send_sizes) - send_sizes[group.rank()]) * sent.itemsize
+        flight = depart(op, label, group, sent.device, sent_bytes)
     try:
         work = group.alltoall_base(received, sent, recv_sizes, send_sizes)
     except RuntimeError as error:
         raise failure(op, label, group, error) from error
-    return Handle(op, label, group, (work,), finish, (target, source, *held))
+    return Handle(op, label, group, (work,), finish, (target, source, *held), flight)
 
 
 _MOVED_AS_THEY_ARE = frozenset(
@@ -314,12 +322,14 @@ def _launched(
     launch: Callable[[], Work | list[Work]],
     finish: Callable[[], Tensor],
     buffers: Sequence[Tensor],
+    sent_bytes: int,
 ) -> Handle:
+    flight = depart(op, label, group, buffers[0].device, sent_bytes)
     try:
         works = launch()
     except RuntimeError as error:
         raise failure(op, label, group, error) from error
-    return Handle(op, label, group, works if isinstance(works, list) else (works,), finish, buffers)
+    return Handle(op, label, group, works if isinstance(works, list) else (works,), finish, buffers, flight)
 
 
 def _one_shot(op: str, label: str, group: ProcessGroup, x: Tensor) -> Handle:
@@ -351,6 +361,7 @@ def _reduce_parts(op: str, label: str, group: ProcessGroup, flat: Tensor, sizes:
             lambda: group._reduce_scatter_base(out, flat, dist.ReduceScatterOptions()),
             lambda: out,
             (out, flat),
+            (flat.numel() - mine) * flat.itemsize,
         )
     send, send_sizes, trimmed = _trim(flat, sizes, rank)
     recv = flat.new_empty((p - trimmed) * mine)
@@ -376,7 +387,15 @@ def _gather_parts(
     p, rank = group.size(), group.rank()
     out = part.new_empty(sum(sizes))
     if part.is_cuda and len(set(sizes)) == 1:
-        return _launched(op, label, group, lambda: group._allgather_base(out, part), lambda: unpack(out), (out, part))
+        return _launched(
+            op,
+            label,
+            group,
+            lambda: group._allgather_base(out, part),
+            lambda: unpack(out),
+            (out, part),
+            (p - 1) * part.numel() * part.itemsize,
+        )
     recv, recv_sizes, trimmed = _trim(out, sizes, rank)
     copies = p - trimmed
     send_sizes = _all_but(rank, part.numel(), p) if trimmed else [part.numel()] * p

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup, Work
 
+from seqpar.comm.flight import Flight
 from seqpar.comm.stream import CPU_STREAM, CPUStream, current_stream, hold_for, use_stream
 
 __all__ = ["CommError", "Handle", "Mark", "describe", "failure"]
@@ -71,9 +72,10 @@ class Handle:
         works: what the backend has in flight.
         finish: makes the result out of the received buffers; runs once, in `wait`.
         buffers: every tensor in flight, for the allocator.
+        flight: the simulated link that carries it, the trace that sees it.
     """
 
-    __slots__ = ("_buffers", "_finish", "_result", "_stream", "_works", "group", "label", "op")
+    __slots__ = ("_buffers", "_finish", "_flight", "_result", "_stream", "_works", "group", "label", "op")
 
     def __init__(
         self,
@@ -83,6 +85,7 @@ class Handle:
         works: Sequence[Work],
         finish: Callable[[], Tensor],
         buffers: Sequence[Tensor],
+        flight: Flight | None = None,
     ) -> None:
         self.op = op
         self.label = label
@@ -92,6 +95,9 @@ class Handle:
         self._buffers = buffers
         self._result: Tensor | None = None
         self._stream = current_stream(buffers[0].device) if buffers else CPU_STREAM
+        self._flight = flight
+        if flight is not None:
+            flight.observe(works)
 
     @classmethod
     def finished(cls, op: str, label: str, group: ProcessGroup, result: Tensor) -> Handle:
@@ -107,7 +113,8 @@ class Handle:
 
     def done(self) -> bool:
         """Whether `wait` would return without blocking the host (on CUDA: without blocking the stream)."""
-        return all(work.is_completed() for work in self._works)
+        arrived = self._flight is None or self._flight.arrived()
+        return arrived and all(work.is_completed() for work in self._works)
 
     def wait(self) -> Tensor:
         """The result; the current stream is ordered after the collective. Later calls return the same tensor.
@@ -116,8 +123,12 @@ class Handle:
             CommError: the collective failed.
         """
         if self._finish is not None:
-            self._join()
-            self._result = self._finish()
+            if self._flight is None:
+                self._join()
+                self._result = self._finish()
+            else:
+                self._flight.land(self._join)
+                self._result = self._flight.finish(self._finish)
             self._release()
         assert self._result is not None
         return self._result
@@ -143,4 +154,5 @@ class Handle:
 
     def __repr__(self) -> str:
         state = "done" if self._finish is None else "in flight"
-        return f"Handle({self.op}, {self.label!r}, {state})"
+        link = "" if self._flight is None or self._flight.link is None else f", {self._flight.link}"
+        return f"Handle({self.op}, {self.label!r}, {state}{link})"

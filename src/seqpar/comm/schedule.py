@@ -20,7 +20,7 @@ from contextlib import suppress
 from typing import Generic, TypeVar
 
 from seqpar.comm.handle import Handle, Mark
-from seqpar.comm.steps import Steps, run
+from seqpar.comm.steps import Steps, resume, run
 
 __all__ = ["interleave", "interleave_steps"]
 
@@ -51,7 +51,7 @@ def interleave_steps(programs: Sequence[Steps[T]]) -> Steps[list[T]]:
     Yields each handle when its turn to be waited for has come, after the others have computed; and a mark when the
     first program opens it and when the last one closes it, so that schedules nest.
     """
-    turns = [_Turns(steps) for steps in programs]
+    turns = [_Turns(steps, index) for index, steps in enumerate(programs)]
     try:
         while not all(program.finished for program in turns):
             for index, program in enumerate(turns):
@@ -70,8 +70,9 @@ class _Turns(Generic[T]):
 
     result: T
 
-    def __init__(self, steps: Steps[T]) -> None:
+    def __init__(self, steps: Steps[T], index: int) -> None:
         self._steps = steps
+        self._index = index
         self._handle: Handle | None = None
         self._mark: Mark | None = None
         self._opened = self._closed = 0
@@ -87,7 +88,7 @@ class _Turns(Generic[T]):
             if self._mark is not None:
                 yield from self._pass(self._mark, first, last)
             try:
-                item = self._steps.send(value)
+                item = resume(self._steps, value, self._index)
             except StopIteration as stop:
                 self.result, self.finished = stop.value, True
                 return

@@ -15,10 +15,12 @@ from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from seqpar.comm.handle import Handle, Mark
+from seqpar.comm.trace import current_trace
 
-__all__ = ["Steps", "call", "run", "splits"]
+__all__ = ["Steps", "call", "resume", "run", "splits"]
 
 T = TypeVar("T")
+Y = TypeVar("Y")
 Steps: TypeAlias = Generator[Handle | Mark, Any, T]
 
 
@@ -27,10 +29,25 @@ def run(steps: Steps[T]) -> T:
     value = None
     try:
         while True:
-            value = steps.send(value).wait()
+            value = resume(steps, value).wait()
     except StopIteration as stop:
         result: T = stop.value
         return result
+
+
+def resume(steps: Generator[Y, Any, Any], value: Any, *index: int) -> Y:
+    """`steps.send(value)`, which the trace in force sees as compute; `index` is the program's place in a schedule."""
+    trace = current_trace()
+    if trace is None:
+        return steps.send(value)
+    trace.begin((*trace.program, *index))
+    reached = ("end", "")
+    try:
+        item = steps.send(value)
+        reached = ("launch", item.label or item.op) if isinstance(item, Handle) else ("mark", repr(item))
+        return item
+    finally:
+        trace.end(*reached)
 
 
 def call(child: Callable[..., Any], *args: Any, **kwargs: Any) -> Steps[Any]:

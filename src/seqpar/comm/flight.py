@@ -1,0 +1,90 @@
+"""One launch, as the simulated link in force delays it and the trace in force sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup, Work
+
+from seqpar.comm.link import SimulatedLink, link_of, simulates
+from seqpar.comm.trace import Trace, Transfer, current_trace
+
+__all__ = ["Flight", "depart", "is_watched"]
+
+
+def is_watched() -> bool:
+    """Whether a link or a trace is in force in this thread."""
+    return simulates() or current_trace() is not None
+
+
+def depart(op: str, label: str, group: ProcessGroup, device: torch.device, num_bytes: int) -> Flight | None:
+    """What to tell the link and the trace in force of a launch that sends `num_bytes`; None where there is neither.
+
+    Raises:
+        ValueError: a simulated link, and tensors that are not on a CPU.
+    """
+    link, trace = link_of(group), current_trace()
+    if link is None and trace is None:
+        return None
+    if link is not None and device.type != "cpu":
+        raise ValueError(
+            f"simulated links must be used on CPU tensors, got `{op}` of `{label}` on {device}; leave out `link.on`"
+        )
+    return Flight(op, label, num_bytes, link, trace)
+
+
+class Flight:
+    """A launch that is simulated, traced, or both; a handle tells it of its works, its wait and its result."""
+
+    __slots__ = ("_deadline_s", "_trace", "_transfer", "link")
+
+    def __init__(self, op: str, label: str, num_bytes: int, link: SimulatedLink | None, trace: Trace | None) -> None:
+        self.link, self._trace = link, trace
+        launched = start = 0.0 if trace is None else trace.clock()
+        end = None
+        self._deadline_s = 0.0
+        if link is not None:
+            start, end = link.book(num_bytes)
+            self._deadline_s = end
+        program = () if trace is None else trace.program
+        self._transfer = Transfer(op, label, program, launched, start, end, num_bytes, link is not None)
+
+    def observe(self, works: Sequence[Work]) -> None:
+        """The launch has succeeded."""
+        if self._trace is None:
+            return
+        self._trace.add(self._transfer)
+        clock, transfer = self._trace.clock, self._transfer
+        if len(works) == 1:
+            with suppress(RuntimeError):  # sends and receives have no future: the end of the wait it is
+                works[0].get_future().add_done_callback(lambda _: transfer.complete(clock()))
+
+    def arrived(self) -> bool:
+        """Whether a simulated transfer has ended; a real one is asked itself."""
+        return self.link is None or self.link.has_passed(self._deadline_s)
+
+    def land(self, join: Callable[[], None]) -> None:
+        """Wait by `join`, and on a simulated link until the deadline."""
+        if self._trace is None:
+            self._block(join)
+            return
+        with self._trace.waiting(self._transfer):
+            self._block(join)
+
+    def finish(self, make: Callable[[], Tensor]) -> Tensor:
+        """The result by `make`, which is compute of the program that launched."""
+        if self._trace is None:
+            return make()
+        self._trace.begin(self._transfer.program)
+        try:
+            return make()
+        finally:
+            self._trace.end("finish", self._transfer.label or self._transfer.op)
+
+    def _block(self, join: Callable[[], None]) -> None:
+        join()
+        if self.link is not None:
+            self.link.sleep_until(self._deadline_s)

@@ -1,0 +1,160 @@
+"""Links that are not there: collectives finish no earlier than they would on a link of known latency and rate.
+
+For seeing on one machine what a schedule hides. The transfer itself is real, and so is its result; only its end is put
+off. A launch books the link, transfers follow one another on it, and `Handle.wait` sleeps until the booked end, so
+what is computed between a launch and its wait hides the transfer as it would on the real link.
+
+A sleep in the launch lost: nothing could hide it. Shaping the network itself tests more (the transport, its use of the
+processor), but needs rights that a laptop or CI seldom grants.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from math import inf
+from types import MappingProxyType
+from typing import NamedTuple
+
+from torch.distributed import ProcessGroup
+
+__all__ = ["LINK_PRESETS", "LinkCosts", "SimulatedLink"]
+
+
+class LinkCosts(NamedTuple):
+    """Latency of a collective, and the rate at which one rank sends."""
+
+    alpha_s: float
+    bytes_per_s: float
+
+
+def _costs(alpha_us: float, gigabytes_per_s: float) -> LinkCosts:
+    return LinkCosts(alpha_us * 1e-6, gigabytes_per_s * 1e9)
+
+
+LINK_PRESETS: Mapping[str, LinkCosts] = MappingProxyType(
+    {
+        "a100-dgx-2": _costs(43.0, 169.0),
+        "a100-dgx-4": _costs(47.0, 171.0),
+        "a100-dgx-8": _costs(51.0, 161.0),
+        "h100-dgx-2": _costs(24.0, 318.0),
+        "h100-dgx-4": _costs(26.0, 358.0),
+        "h100-dgx-8": _costs(31.0, 348.0),
+        "a100-pairwise-nvlink-4": _costs(63.0, 24.0),
+        "h100-pairwise-nvlink-4": _costs(51.0, 50.0),
+        "h100-nccl-8": _costs(39.0, 368.0),
+        "h100-multimem-8": _costs(12.7, 480.0),
+    }
+)
+"""Least-squares fits of all-reduce times, by fabric and number of GPUs; the rate is the bus bandwidth.
+
+A fit is of a whole all-reduce, alpha included: one in two phases pays alpha twice here.
+
+Source: the measurements published with Vidur (arXiv:2405.05465; dgx, pairwise-nvlink) and TokenWeave (arXiv:2505.11329;
+nccl, multimem), none of them ours.
+"""
+
+
+class SimulatedLink:
+    """A link of latency `alpha_s` and rate `bytes_per_s`, which carries one transfer after another.
+
+    In force inside `with link.on(group):`, for what is launched there. Each rank has its own, for what it sends. The
+    object holds when the link is free again; groups that share it share the link.
+
+    Args:
+        alpha_s: latency of a launch, also of one that sends nothing.
+        bytes_per_s: rate of what this rank sends to others; `math.inf` for latency alone.
+        clock: the time, in seconds; give a trace the same one.
+        sleep: waits for some seconds of that clock.
+
+    Raises:
+        ValueError: a negative latency, or a rate that is not positive.
+    """
+
+    def __init__(
+        self,
+        alpha_s: float,
+        bytes_per_s: float,
+        *,
+        clock: Callable[[], float] = time.perf_counter,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        if not 0 <= alpha_s < inf:
+            raise ValueError(f"`alpha_s` must be finite and >= 0, got {alpha_s}")
+        if not bytes_per_s > 0:
+            raise ValueError(f"`bytes_per_s` must be > 0, got {bytes_per_s}")
+        self.alpha_s = alpha_s
+        self.bytes_per_s = bytes_per_s
+        self.busy_until_s = -inf
+        self._clock = clock
+        self._sleep = sleep
+
+    @classmethod
+    def preset(cls, name: str) -> SimulatedLink:
+        """A new link with the costs of `LINK_PRESETS[name]`.
+
+        Raises:
+            ValueError: there is no such preset.
+        """
+        if name not in LINK_PRESETS:
+            raise ValueError(f'`name` must be one of {", ".join(LINK_PRESETS)}, got "{name}"')
+        return cls(*LINK_PRESETS[name])
+
+    def seconds(self, num_bytes: int) -> float:
+        """How long a transfer takes on the free link."""
+        return self.alpha_s + num_bytes / self.bytes_per_s
+
+    def reset(self) -> None:
+        """Forget the transfers under way: the link is free."""
+        self.busy_until_s = -inf
+
+    @contextmanager
+    def on(self, *groups: ProcessGroup) -> Iterator[SimulatedLink]:
+        """Carry what this thread launches on `groups` in the context; the innermost link of a group is in force.
+
+        It goes around the driver of the programs, not into one of them. CUDA tensors are a ValueError at the launch.
+
+        Raises:
+            ValueError: no group.
+        """
+        if not groups:
+            raise ValueError("`groups` must be at least one group, got none")
+        token = _LINKS.set({**(_LINKS.get() or {}), **{group.group_name: self for group in groups}})
+        try:
+            yield self
+        finally:
+            _LINKS.reset(token)
+
+    def book(self, num_bytes: int) -> tuple[float, float]:
+        """Take the link as soon as it is free for a transfer that starts now; its start and its end."""
+        start = max(self._clock(), self.busy_until_s)
+        self.busy_until_s = start + self.seconds(num_bytes)
+        return start, self.busy_until_s
+
+    def sleep_until(self, deadline_s: float) -> None:
+        """Return once the clock shows `deadline_s`."""
+        while (left := deadline_s - self._clock()) > 0:
+            self._sleep(left)
+
+    def has_passed(self, deadline_s: float) -> bool:
+        """Whether the clock shows `deadline_s` or more."""
+        return self._clock() >= deadline_s
+
+    def __repr__(self) -> str:
+        return f"SimulatedLink(alpha_s={self.alpha_s:g}, bytes_per_s={self.bytes_per_s:g})"
+
+
+_LINKS: ContextVar[Mapping[str, SimulatedLink] | None] = ContextVar("seqpar_links", default=None)
+
+
+def simulates() -> bool:
+    """Whether any group of this thread has a simulated link."""
+    return _LINKS.get() is not None
+
+
+def link_of(group: ProcessGroup) -> SimulatedLink | None:
+    """The link in force for `group`."""
+    links = _LINKS.get()
+    return None if links is None else links.get(group.group_name)
