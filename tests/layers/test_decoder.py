@@ -10,11 +10,19 @@ from torch import Tensor, nn
 
 from seqpar import comm
 from seqpar.kv import PagedKV
-from seqpar.layers import ParallelDecoderLayer, ShardedModule, iter_sources, name_modules, sync_gradients
+from seqpar.layers import (
+    ParallelDecoderLayer,
+    QKVParallelLinear,
+    ShardedModule,
+    iter_sources,
+    name_modules,
+    sync_gradients,
+)
 from seqpar.partition import HeadMap, Layout, even_ranges
 from seqpar.ragged import RaggedBatch
+from tests.kernels.own_errors import own_errors
 from tests.layers.reference import DecoderLayer, name_of, rope
-from tests.ranks import run_mesh
+from tests.ranks import LAYOUTS, run_mesh
 
 HEAD_DIM = 6
 
@@ -45,7 +53,6 @@ CASES = [
     Case(14, 2, hidden=7, qk_norm=True, q_lens=(0, 2, 0)),
     Case(6, 3, sequence_sharded=True, bias=True, window=4),
 ]
-LAYOUTS = [(tp, sp) for tp in (1, 2, 3, 4) for sp in (1, 2, 3, 4) if tp * sp <= 4]
 
 
 def reference(case: Case, dtype: torch.dtype = torch.float64) -> DecoderLayer:
@@ -219,52 +226,86 @@ def test_the_program_marks_its_cache_append_between_the_exchanges() -> None:
     assert run_mesh((2, 2), program, case)[3] == both
 
 
-class LowRank(nn.Module):
-    """A PEFT-style wrapper: the base layer plus a trained low-rank path."""
-
-    def __init__(self, base: nn.Module, out_features: int) -> None:
-        super().__init__()
-        self.base = base
-        self.down = nn.Linear(11, 2, bias=False, dtype=torch.float64)
-        self.up = nn.Linear(2, out_features, bias=False, dtype=torch.float64)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.base(x) + self.up(self.down(x))
-
-
-def wrapped(mesh: comm.DeviceMesh, how: str) -> None:
-    """Hooks and wrappers run, and gradients are those of the plain layer (plus the wrapper's own)."""
+def hooked(mesh: comm.DeviceMesh) -> None:
+    """Hooks fire, and gradients are those of the plain layer."""
     case = Case(8, 2)
     groups, oracle = comm.groups(mesh), reference(case)
     x, batch, cos, sin = inputs(case)
     mine = my_tokens(case, groups, len(x))
     plain, layer = parallel(case, mesh, oracle), parallel(case, mesh, oracle)
     fired: list[str] = []
-    if how == "hook":
-        layer.mlp.down_proj.register_forward_hook(lambda *_: fired.append("down_proj"))
-        layer.self_attn.register_forward_pre_hook(lambda *_: fired.append("self_attn"))
-    else:
-        rows = layer.self_attn.qkv_proj.weight.shape[0]
-        layer.self_attn.qkv_proj = LowRank(layer.self_attn.qkv_proj, rows)
-        nn.init.zeros_(layer.self_attn.qkv_proj.up.weight)
+    layer.mlp.down_proj.register_forward_hook(lambda *_: fired.append("down_proj"))
+    layer.self_attn.register_forward_pre_hook(lambda *_: fired.append("self_attn"))
     grads = []
     for module in (plain, layer):
         local = x[mine].clone().requires_grad_()
         module(local, batch, cos, sin).square().sum().backward()
         grads.append((local.grad, module.mlp.down_proj.weight.grad))
     torch.testing.assert_close(grads[0], grads[1], rtol=1e-12, atol=1e-12)
-    if how == "hook":
-        assert fired == ["self_attn", "down_proj"]
-    else:
-        adapter = layer.self_attn.qkv_proj
-        assert adapter.up.weight.grad.abs().sum() > 0
-        torch.testing.assert_close(adapter.base.weight.grad, plain.self_attn.qkv_proj.weight.grad)
+    assert fired == ["self_attn", "down_proj"]
 
 
 @pytest.mark.parametrize("layout", [(2, 1), (1, 2), (2, 2)], ids=name_of)
-@pytest.mark.parametrize("how", ["hook", "wrapper"])
-def test_hooks_and_wrappers_keep_working(layout: tuple[int, int], how: str) -> None:
-    run_mesh(layout, wrapped, how)
+def test_hooks_fire_and_change_nothing(layout: tuple[int, int]) -> None:
+    run_mesh(layout, hooked)
+
+
+class LowRank(nn.Module):
+    """A PEFT-style wrapper: the base layer plus a trained low-rank path."""
+
+    def __init__(self, base: nn.Module, down: Tensor, up: Tensor) -> None:
+        super().__init__()
+        self.base = base
+        self.down, self.up = nn.Parameter(down.clone()), nn.Parameter(up.clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + x @ self.down.T @ self.up.T
+
+
+def adapted(mesh: comm.DeviceMesh, case: Case) -> None:
+    """A low-rank adapter around the fused projection trains as one around the three unsharded ones."""
+    groups, oracle = comm.groups(mesh), reference(case)
+    x, batch, cos, sin = inputs(case)
+    mine = my_tokens(case, groups, len(x))
+    layer = parallel(case, mesh, oracle)
+    ups = [nn.Linear(2, proj.out_features, bias=False).double() for proj in attention_projections(oracle)]
+    down = torch.randn(2, 11, dtype=torch.float64, requires_grad=True)
+    heads = HeadMap(case.num_heads, case.num_kv_heads, *groups.layout)
+    fused_up = QKVParallelLinear.from_linears(*ups, heads=heads, group=groups.tp)
+    adapter = LowRank(layer.self_attn.qkv_proj, down.detach(), fused_up.weight.detach())
+    layer.self_attn.qkv_proj = adapter
+    with pytest.raises(
+        ValueError, match=r"`self_attn.qkv_proj.down` must say over which groups its gradient is partial"
+    ):
+        sync_gradients(layer, groups)
+    adapter.down.gradient_groups, adapter.up.gradient_groups = (groups.tp, groups.sp), (groups.sp,)
+
+    merged = {
+        f"self_attn.{name}_proj.weight": proj.weight + up.weight @ down
+        for name, proj, up in zip("qkv", attention_projections(oracle), ups, strict=True)
+    }
+    full, local = x.clone().requires_grad_(), x[mine].clone().requires_grad_()
+    expected = torch.func.functional_call(oracle, merged, (full, case.q_lens, cos, sin, case.window))
+    expected.square().sum().backward()
+    out = layer(local, batch, cos, sin)
+    torch.testing.assert_close(out, expected[mine], rtol=1e-10, atol=1e-10)
+    out.square().sum().backward()
+    sync_gradients(layer, groups)
+    torch.testing.assert_close(local.grad, full.grad[mine], rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(adapter.down.grad, down.grad, rtol=1e-9, atol=1e-9)
+    for piece in heads.pieces(groups.tp.rank(), "q", HEAD_DIM):
+        ours, theirs = adapter.up.grad[slice(*piece.local)], ups[0].weight.grad[slice(*piece.full)]
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
+def attention_projections(layer: DecoderLayer) -> list[nn.Linear]:
+    return [layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj]
+
+
+@pytest.mark.parametrize("layout", [(1, 1), (2, 1), (1, 2), (2, 2)], ids=name_of)
+@pytest.mark.parametrize("case", [Case(8, 2), Case(8, 2, sequence_sharded=True)], ids=str)
+def test_an_adapter_around_a_linear_trains_as_unsharded(case: Case, layout: tuple[int, int]) -> None:
+    run_mesh(layout, adapted, case)
 
 
 def refusals(mesh: comm.DeviceMesh) -> None:
@@ -274,6 +315,17 @@ def refusals(mesh: comm.DeviceMesh) -> None:
     with pytest.raises(ValueError, match=r"`x` must hold this rank's \d+ of 11 tokens, got shape \[2, 11\]"):
         layer(x[:2], batch, cos, sin)
     mine = x[my_tokens(case, groups, len(x))]
+    with comm.record() as sent, own_errors():
+        with pytest.raises(ValueError, match=r"`cos` and `sin` must have shape \[11, 6\] \(all tokens of the batch\)"):
+            layer(mine, batch, cos[: len(mine)][:3], sin[: len(mine)][:3])
+        with pytest.raises(ValueError, match="`cos` and `sin` must be given together, got Tensor, NoneType"):
+            layer(mine, batch, cos)
+        for heads, dtype in ((9, torch.float64), (layer.self_attn.core.num_kv_heads, torch.float32)):
+            kv = PagedKV.contiguous(1, 3, 16, heads, HEAD_DIM, dtype=dtype, device="cpu")
+            kv.reserve(dict(enumerate(case.q_lens)))
+            with pytest.raises(ValueError, match=r"`kv` must hold this rank's KV heads \(\d, 6, torch.float64\)"):
+                layer(mine, kv.batch([0, 1, 2], case.q_lens), cos, sin, kv)
+    assert sent.total.calls == 0
     with pytest.raises(TypeError, match=r"`x` must have the layer's dtype \(torch.float64\), got torch.float32"):
         layer.mlp(mine.float())
     with pytest.raises(ValueError, match=r"`x` must have shape \[T, 11\], got \[\d+, 10\]"):

@@ -22,10 +22,9 @@ from seqpar.layers import (
     sync_gradients,
 )
 from seqpar.partition import HeadMap, even_ranges, shard_range
+from tests.kernels.own_errors import own_errors
 from tests.layers.reference import MLP, name_of
-from tests.ranks import run_mesh
-
-LAYOUTS = [(1, 1), (2, 1), (3, 1), (4, 1), (1, 2), (2, 2), (1, 3)]
+from tests.ranks import LAYOUTS, run_mesh
 
 
 def coded(linear: nn.Linear) -> nn.Linear:
@@ -130,6 +129,15 @@ def state(mesh: comm.DeviceMesh) -> None:
         mlp.load_state_dict(missing)
     with pytest.raises(RuntimeError, match=r"Unexpected key\(s\) in state_dict: \"down_proj.scale\""):
         mlp.load_state_dict(source.state_dict() | {"down_proj.scale": torch.zeros(1)})
+    with pytest.raises(RuntimeError, match="`assign` must be False: slices of several tensors share one parameter"):
+        mlp.load_state_dict(source.state_dict(), assign=True)
+    partly = ParallelMLP(6, 10, device="meta", **kwargs)
+    partly.load_state_dict({"up_proj.weight": source.up_proj.weight}, strict=False)
+    assert partly.gate_up_proj.weight.is_meta  # half of a fused weight is not made up
+    seen: list[str] = []
+    mlp.down_proj.register_load_state_dict_pre_hook(lambda _module, _state, prefix, *_: seen.append(prefix))
+    mlp.load_state_dict(source.state_dict())
+    assert seen == ["down_proj."]
 
 
 @pytest.mark.parametrize("layout", [(1, 1), (2, 1), (3, 1), (2, 2)], ids=name_of)
@@ -190,6 +198,11 @@ def vocabulary(mesh: comm.DeviceMesh, vocab: int, tied: bool) -> None:
         assert torch.equal(ours_head.weight.grad, head.weight.grad[flat])
         assert torch.equal(ours_head.bias.grad, head.bias.grad[flat])
     assert torch.equal(gather_state_dict(both)["embedding.weight"], embedding.weight)
+    whole = {"embedding.weight": embedding.weight, "head.weight": head.weight}
+    gathered = gather_state_dict(both)
+    assert all(torch.equal(gathered[name], tensor) for name, tensor in whole.items())
+    assert sorted(both.state_dict()) == sorted(gathered)
+    both.load_state_dict(gathered)
     assert [name for name, *_ in iter_sources(both)] == (
         ["embedding.weight"] if tied else ["embedding.weight", "head.weight", "head.bias"]
     )
@@ -226,6 +239,10 @@ def norms(mesh: comm.DeviceMesh) -> None:
     assert sorted(norm.state_dict()) == ["weight"]
     with pytest.raises(TypeError, match="`norm` must have a `weight` and an `eps`, got Linear"):
         RMSNorm.from_module(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="`LayerNorm` must have no other parameters than RMSNorm stores, got bias"):
+        RMSNorm.from_module(nn.LayerNorm(6))
+    with pytest.raises(ValueError, match="`norm` must be an RMS norm, weight times the normed input"):
+        RMSNorm.from_module(nn.LayerNorm(6, bias=False))
 
 
 def test_norm_is_sliced_from_any_rms_norm() -> None:
@@ -250,6 +267,26 @@ def refusals(mesh: comm.DeviceMesh) -> None:
         RowParallelLinear(8, 4, group=groups.tp, unit=3)
     with pytest.raises(TypeError, match="`mlp` must have linear gate_proj, up_proj and down_proj, got Linear"):
         ParallelMLP.from_module(nn.Linear(2, 2), group=groups.tp)
+    mlp = MLP(4, 6, bias=False)
+    mlp.act_fn = nn.GELU()
+    with pytest.raises(ValueError, match="`act_fn` must be a SiLU, got GELU"):
+        ParallelMLP.from_module(mlp, group=groups.tp)
+    mlp = MLP(4, 6, bias=False)
+    mlp.extra = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match=r"`MLP` must have no other parameters than ParallelMLP stores, got extra.bias"):
+        ParallelMLP.from_module(mlp, group=groups.tp)
+    with pytest.raises(ValueError, match=r"`up_proj.weight` must have shape \[6, 4\], got \[9, 4\]"):
+        GateUpParallelLinear.from_linears(nn.Linear(4, 6), nn.Linear(4, 9), group=groups.tp)
+    frozen = nn.Linear(4, 6).requires_grad_(False)
+    with pytest.raises(ValueError, match="`up_proj` must have the input features, bias, dtype and requires_grad"):
+        GateUpParallelLinear.from_linears(nn.Linear(4, 6), frozen, group=groups.tp)
+    with pytest.raises(ValueError, match="`embedding` must have no max_norm, scale_grad_by_freq or sparse"):
+        VocabParallelEmbedding.from_module(nn.Embedding(5, 2, max_norm=0.1), group=groups.tp)
+    with comm.record() as sent, own_errors():
+        sharded = ColumnParallelLinear(4, 6, group=groups.tp, sequence_sharded=True)
+        with pytest.raises(ValueError, match="`num_tokens` must be given to a sequence-sharded layer, got None"):
+            sharded(torch.zeros(3 - groups.tp.rank(), 4))
+    assert sent.total.calls == 0
 
 
 def test_bad_input_is_refused() -> None:

@@ -7,7 +7,7 @@ safetensors, `state_dict`, gathering a checkpoint and summing gradients all foll
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -82,10 +82,7 @@ class ShardedModule(nn.Module):
         """Sum this module's own partial gradients; see the function `sync_gradients`."""
         for name, param in self._parameters.items():
             if param is not None and param.requires_grad:
-                grad = torch.zeros_like(param) if param.grad is None else param.grad
-                for group in self.gradient_groups(name, groups):
-                    grad = comm.all_reduce(grad, group=group, label=f"{self.label}.grad")
-                param.grad = grad
+                param.grad = _summed(param, self.gradient_groups(name, groups), self.label)
 
     def load_source(self, name: str, tensor: Tensor, offset: int = 0) -> None:
         """Fill the stored parameter with its pieces of one unsharded tensor.
@@ -105,12 +102,22 @@ class ShardedModule(nn.Module):
                 param.narrow(piece.dim, piece.local.start, piece.local.size).copy_(taken)
 
     def load_unsharded(self, tensors: Mapping[str, Tensor | None]) -> None:
-        """Slice whole tensors into this layer; a meta tensor leaves its parameter on the meta device."""
-        for name in self.sources():
+        """Slice whole tensors into this layer; a meta tensor leaves its parameter on the meta device.
+
+        Raises:
+            ValueError: a tensor has another shape than this layer was built for.
+        """
+        for name, source in self.sources().items():
             tensor = tensors[name]
             assert tensor is not None, name
+            if tuple(tensor.shape) != source.shape:
+                raise ValueError(f"`{name}` must have shape {list(source.shape)}, got {list(tensor.shape)}")
             if not tensor.is_meta:
                 self.load_source(name, tensor)
+
+    def aliases(self) -> dict[str, ShardedModule]:
+        """Tensors of the unsharded layer that another module stores under its own name `weight` (tied weights)."""
+        return {}
 
     def gather_source(self, name: str) -> Tensor:
         """The unsharded tensor `name`, on every rank of `shard_group` (one all-gather of this rank's pieces)."""
@@ -167,28 +174,37 @@ class ShardedModule(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
+        for hook in self._load_state_dict_pre_hooks.values():
+            hook(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        if local_metadata.get("assign_to_params_buffers", False):
+            error_msgs.append("`assign` must be False: slices of several tensors share one parameter")
+            return
         sources = self.sources()
+        absent = {source.param for name, source in sources.items() if prefix + name not in state_dict}
         for name, source in sources.items():
             key = prefix + name
             if key not in state_dict:
                 missing_keys.append(key)
-                continue
-            tensor = state_dict[key]
-            if tuple(tensor.shape) == source.shape:
-                self.load_source(name, tensor)
-            elif tuple(tensor.shape) == source.local_shape:
-                self._load_local(source, tensor)
-            else:
-                error_msgs.append(
-                    f"`{key}` must have shape {source.shape} (whole) or {source.local_shape} (this rank's slice), "
-                    f"got {tuple(tensor.shape)}"
-                )
+            elif source.param not in absent or not self._parameter(source.param).is_meta:
+                self._load_one(source, name, key, state_dict[key], error_msgs)
         if strict:
-            own = {prefix + name for name in sources}
+            own = {prefix + name for name in (*sources, *self.aliases())}
             children = tuple(f"{prefix}{child}." for child in self._modules)
             unexpected_keys += [
                 key for key in state_dict if key.startswith(prefix) and key not in own and not key.startswith(children)
             ]
+
+    def _load_one(self, source: Source, name: str, key: str, tensor: Tensor, error_msgs: list[str]) -> None:
+        """Copy a whole tensor's pieces, or this rank's slice; note an error where it is neither."""
+        if tuple(tensor.shape) == source.shape:
+            self.load_source(name, tensor)
+        elif tuple(tensor.shape) == source.local_shape:
+            self._load_local(source, tensor)
+        else:
+            error_msgs.append(
+                f"`{key}` must have shape {source.shape} (whole) or {source.local_shape} (this rank's slice), "
+                f"got {tuple(tensor.shape)}"
+            )
 
     def _load_local(self, source: Source, tensor: Tensor) -> None:
         param, at = self._materialise(source.param, tensor.device), 0
@@ -222,26 +238,51 @@ def drop_child_names(module: nn.Module, unnamed: tuple[str, ...]) -> None:
     module.register_load_state_dict_pre_hook(load)
 
 
-def iter_sources(root: nn.Module, prefix: str = "") -> Iterator[tuple[str, ShardedModule, str, Source]]:
+def iter_sources(root: nn.Module) -> Iterator[tuple[str, ShardedModule, str, Source]]:
     """Every unsharded tensor that `root` and its children store.
 
     Yields:
         The unsharded tensor's full name, the module, the name within the module, and its `Source`.
     """
+    for prefix, module in _sharded_modules(root, ""):
+        for name, source in module.sources().items():
+            yield prefix + name, module, name, source
+
+
+def _sharded_modules(root: nn.Module, prefix: str) -> Iterator[tuple[str, ShardedModule]]:
+    """Every sharded module with the prefix of its tensors' unsharded names."""
     if isinstance(root, ShardedModule):
-        for name, source in root.sources().items():
-            yield prefix + name, root, name, source
+        yield prefix, root
     unnamed = getattr(root, "unnamed", ())
     for name, child in root.named_children():
-        yield from iter_sources(child, prefix if name in unnamed else f"{prefix}{name}.")
+        yield from _sharded_modules(child, prefix if name in unnamed else f"{prefix}{name}.")
 
 
 def gather_state_dict(root: nn.Module) -> dict[str, Tensor]:
-    """The unsharded state dict of `root`, on every rank.
+    """The unsharded state dict of `root`, on every rank; tied tensors are one tensor under two names.
 
-    Comm: one all-gather per sharded tensor, over the layer's own group, in module order; call it on every rank.
+    Comm:  one all-gather per sharded tensor, over the layer's own group, in module order; call it on every rank.
     """
-    return {full: module.gather_source(name) for full, module, name, _ in iter_sources(root)}
+    found: dict[str, Tensor] = {}
+    weights: dict[int, Tensor] = {}
+    for full, module, name, _ in iter_sources(root):
+        found[full] = module.gather_source(name)
+        if name == "weight":
+            weights[id(module)] = found[full]
+    for prefix, module in _sharded_modules(root, ""):
+        for name, owner in module.aliases().items():
+            found[prefix + name] = weights[id(owner)] if id(owner) in weights else owner.gather_source("weight")
+    return found
+
+
+def check_covered(module: nn.Module, sliced: nn.Module) -> None:
+    """Raise ValueError unless `sliced` stores every parameter of `module`: what is left out would not be computed."""
+    left = sorted({name for name, _ in module.named_parameters()} - {name for name, *_ in iter_sources(sliced)})
+    if left:
+        raise ValueError(
+            f"`{type(module).__name__}` must have no other parameters than {type(sliced).__name__} stores, "
+            f"got {', '.join(left[:4])}"
+        )
 
 
 def sync_gradients(root: nn.Module, groups: Groups) -> None:
@@ -250,10 +291,39 @@ def sync_gradients(root: nn.Module, groups: Groups) -> None:
     Sequence ranks see other tokens, so the gradients of weights replicated over `sp` are partial over it, as in data
     parallel training; those of q/k norms and of replicated KV heads also over `tp`. Afterwards each parameter's
     gradient is its slice of the unsharded one.
+
+    Parameters of modules that are not the library's (an adapter around a linear) say themselves over which groups
+    theirs is partial: set `param.gradient_groups = (groups.tp, groups.sp)`, or `()` for none.
+
+    Raises:
+        ValueError: a trainable parameter of another's module does not say so.
     """
+    foreign = [
+        (f"{path}.{name}", param)
+        for path, module in root.named_modules()
+        if not isinstance(module, ShardedModule)
+        for name, param in module.named_parameters(recurse=False)
+        if param.requires_grad
+    ]
+    for name, param in foreign:
+        if not hasattr(param, "gradient_groups"):
+            raise ValueError(
+                f"`{name}` must say over which groups its gradient is partial, got no `gradient_groups`; set it to "
+                "(groups.sp,) for a weight sharded over tp, to (groups.tp, groups.sp) for a replicated one before it"
+            )
     for module in root.modules():
         if isinstance(module, ShardedModule):
             module.sync_gradients(groups)
+    for name, param in foreign:
+        param.grad = _summed(param, param.gradient_groups, name)
+
+
+def _summed(param: nn.Parameter, groups: Iterable[ProcessGroup], label: str) -> Tensor:
+    """The gradient of a parameter (zeros where it has none) summed over groups."""
+    grad = torch.zeros_like(param) if param.grad is None else param.grad
+    for group in groups:
+        grad = comm.all_reduce(grad, group=group, label=f"{label}.grad")
+    return grad
 
 
 def name_modules(root: nn.Module) -> None:

@@ -12,10 +12,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from seqpar import comm
-from seqpar.comm import Groups, Steps
+from seqpar.comm import Groups, ProcessGroup, Steps
 from seqpar.kv import PagedKV
-from seqpar.layers.base import drop_child_names
-from seqpar.layers.linear import QKVParallelLinear, RowParallelLinear
+from seqpar.layers.base import check_covered, drop_child_names
+from seqpar.layers.linear import QKVParallelLinear, RowParallelLinear, enter_steps
 from seqpar.layers.mlp import ParallelMLP, given
 from seqpar.layers.norm import RMSNorm
 from seqpar.layers.ulysses import UlyssesAttention
@@ -34,11 +34,19 @@ class ParallelAttention(nn.Module):
         o_proj: sharded over `tp` by the same heads.
     """
 
+    label: str = ""
     unnamed: ClassVar[tuple[str, ...]] = ("qkv_proj", "core")
 
-    def __init__(self, qkv_proj: nn.Module, core: UlyssesAttention, o_proj: nn.Module) -> None:
+    def __init__(self, qkv_proj: QKVParallelLinear, core: UlyssesAttention, o_proj: nn.Module) -> None:
         super().__init__()
-        self.qkv_proj, self.core, self.o_proj = qkv_proj, core, o_proj
+        qkv_proj.enters = False
+        self.sequence_sharded = qkv_proj.sequence_sharded
+        self.tp_groups: dict[Layout | None, ProcessGroup] = {
+            None: qkv_proj.group,
+            qkv_proj.layout: qkv_proj.group,
+        }
+        self.qkv_proj: nn.Module = qkv_proj
+        self.core, self.o_proj = core, o_proj
         drop_child_names(self, self.unnamed)
 
     @classmethod
@@ -80,7 +88,9 @@ class ParallelAttention(nn.Module):
         o_linear = RowParallelLinear.from_linear(
             o_proj, group=groups.tp, sp=heads.sp, sequence_sharded=sequence_sharded, unit=qkv_proj.head_dim
         )
-        return cls(qkv_proj, core, o_linear)
+        new = cls(qkv_proj, core, o_linear)
+        check_covered(attention, new)
+        return new
 
     def add_layout(self, layout: Layout, *, groups: Groups) -> None:
         """Make `steps(x, layout=layout)` available; see `ColumnParallelLinear.add_layout`."""
@@ -88,6 +98,7 @@ class ParallelAttention(nn.Module):
         self.qkv_proj.add_layout(layout, group=groups.tp)
         self.core.add_layout(layout, group=groups.sp)
         self.o_proj.add_layout(layout, group=groups.tp)
+        self.tp_groups[layout] = groups.tp
 
     def steps(
         self,
@@ -101,11 +112,19 @@ class ParallelAttention(nn.Module):
         num_tokens: int | None = None,
     ) -> Steps[Float[Tensor, "t_local m"]]:
         """See `forward`; yields where its parts do."""
+        if layout not in self.tp_groups:
+            raise ValueError(f"`layout` must be one that was added, got {layout}; see add_layout")
         options = given(layout=layout)
-        tokens = given(num_tokens=num_tokens)
-        qkv = yield from comm.call(self.qkv_proj, x, **options, **tokens)
+        x = yield from enter_steps(
+            x,
+            group=self.tp_groups[layout],
+            sequence_sharded=self.sequence_sharded,
+            num_tokens=num_tokens,
+            label=self.label,
+        )
+        qkv = yield from comm.call(self.qkv_proj, x, **options)
         out = yield from comm.call(self.core, qkv, batch, cos, sin, kv, **options)
-        projected: Tensor = yield from comm.call(self.o_proj, out, **options, **tokens)
+        projected: Tensor = yield from comm.call(self.o_proj, out, **options)
         return projected
 
     def forward(
@@ -183,7 +202,9 @@ class ParallelDecoderLayer(nn.Module):
             RMSNorm.from_module(_child(layer, name), over_tp=sequence_sharded)
             for name in ("input_layernorm", "post_attention_layernorm")
         ]
-        return cls(attention, mlp, norms[0], norms[1], groups=groups, sequence_sharded=sequence_sharded)
+        new = cls(attention, mlp, norms[0], norms[1], groups=groups, sequence_sharded=sequence_sharded)
+        check_covered(layer, new)
+        return new
 
     def add_layout(self, layout: Layout, *, groups: Groups) -> None:
         """Make `steps(x, layout=layout)` available over `groups`, on views of the stored weights."""

@@ -10,6 +10,7 @@ Source: Megatron-LM (arXiv:1909.08053) for the masked lookup.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -55,8 +56,14 @@ class VocabParallelEmbedding(ShardedModule):
 
     @classmethod
     def from_module(cls, embedding: nn.Embedding, *, group: ProcessGroup, sp: int = 1) -> VocabParallelEmbedding:
-        """Slice an ordinary embedding; every rank passes the same one."""
+        """Slice an ordinary embedding; every rank passes the same one.
+
+        Raises:
+            ValueError: it renormalises its rows, or scales or sparsifies its gradient.
+        """
         weight = embedding.weight
+        if embedding.max_norm is not None or embedding.scale_grad_by_freq or embedding.sparse:
+            raise ValueError(f"`embedding` must have no max_norm, scale_grad_by_freq or sparse, got {embedding}")
         new = cls(
             embedding.num_embeddings,
             embedding.embedding_dim,
@@ -201,6 +208,15 @@ class ParallelLMHead(ShardedModule):
     @property
     def shard_group(self) -> ProcessGroup:
         return self.group
+
+    def aliases(self) -> dict[str, ShardedModule]:
+        return {} if self.weight is not None else {"weight": self._tied[0]}
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.weight is None:
+            rows = self.weight_rows()
+            destination[prefix + "weight"] = rows if keep_vars else rows.detach()
 
     def reset_parameters(self) -> None:
         """Draw what `nn.Linear` would from the same random state, and slice it."""

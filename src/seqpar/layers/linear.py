@@ -110,13 +110,6 @@ class _ShardedLinear(ShardedModule):
         if x.dtype != self.weight.dtype and not torch.is_autocast_enabled(x.device.type):
             raise TypeError(f"`x` must have the layer's dtype ({self.weight.dtype}), got {x.dtype}")
 
-    def _token_split(self, x: Tensor, num_tokens: int | None, size: int, sharded: bool) -> tuple[int, ...]:
-        """Tokens of each rank of the group, for the sequence-sharded form."""
-        total = num_tokens
-        if total is None:
-            total = x.shape[0] * size if sharded else x.shape[0]
-        return even_split(total, size)
-
     def extra_repr(self) -> str:
         rows, columns = self.weight.shape
         return (
@@ -126,7 +119,14 @@ class _ShardedLinear(ShardedModule):
 
 
 class _ColumnParallel(_ShardedLinear):
-    """Output rows sharded over the group; subclasses say which rows, in which order."""
+    """Output rows sharded over the group; subclasses say which rows, in which order.
+
+    Attributes:
+        enters: the layer itself gathers its input, and sums the gradient of it. A parent that does both before it calls
+            the layer sets this to False, so that a wrapper around the layer may read the input too.
+    """
+
+    enters = True
 
     def steps(
         self, x: Float[Tensor, "t m"], *, layout: Layout | None = None, num_tokens: int | None = None
@@ -134,11 +134,14 @@ class _ColumnParallel(_ShardedLinear):
         """See `forward`; yields at the gather of a sequence-sharded input and nowhere else."""
         shard = self._shard(layout)
         self._check(x, self.weight.shape[1])
-        if self.sequence_sharded:
-            sizes = self._token_split(x, num_tokens, shard.group.size(), sharded=True)
-            x = yield from comm.all_gather_steps(x, group=shard.group, sizes=sizes, label=self.label)
-        else:
-            x = comm.reduce_grad(x, group=shard.group, label=self.label)
+        if self.enters:
+            x = yield from enter_steps(
+                x,
+                group=shard.group,
+                sequence_sharded=self.sequence_sharded,
+                num_tokens=num_tokens,
+                label=self.label,
+            )
         if layout is None or layout == self.layout:
             return kernels.linear(x, self.weight, self.bias)
         parts = [
@@ -159,12 +162,35 @@ class _ColumnParallel(_ShardedLinear):
         Args:
             x: activations, in the layer's dtype.
             layout: one of `shards`; the stored layout by default.
-            num_tokens: T, where it does not divide (sequence-sharded only).
+            num_tokens: T, which a sequence-sharded layer needs: a rank cannot know how many tokens the others hold.
 
         Raises:
             ValueError, TypeError: a shape, dtype or layout that is not the layer's.
         """
         return comm.run(self.steps(x, layout=layout, num_tokens=num_tokens))
+
+
+def enter_steps(
+    x: Float[Tensor, "t m"], *, group: ProcessGroup, sequence_sharded: bool, num_tokens: int | None, label: str
+) -> Steps[Float[Tensor, "t_all m"]]:
+    """Make activations ready for products with sharded rows: gather them, or take them as they are.
+
+    In:    x[T, M], replicated over the group; x[T/p, M] by `even_split` when sequence-sharded.
+    Out:   [T, M], replicated.
+    Grad:  partial; all-reduced, or reduce-scattered, to the placement of `x`.
+
+    Raises:
+        ValueError: sequence-sharded, and `num_tokens` (T) is not given or not what `x` is a share of.
+    """
+    if not sequence_sharded:
+        return comm.reduce_grad(x, group=group, label=label)
+    if num_tokens is None:
+        raise ValueError(
+            "`num_tokens` must be given to a sequence-sharded layer, got None; a rank cannot know how many tokens the "
+            "others hold"
+        )
+    sizes = even_split(num_tokens, group.size())
+    return (yield from comm.all_gather_steps(x, group=group, sizes=sizes, label=label))
 
 
 class ColumnParallelLinear(_ColumnParallel):
@@ -513,7 +539,7 @@ class RowParallelLinear(_ShardedLinear):
         weight = self.weight if view.size == self.weight.shape[1] else self.weight[:, view.start : view.stop]
         partial = kernels.linear(x, weight)
         if self.sequence_sharded:
-            sizes = self._token_split(x, num_tokens, shard.group.size(), sharded=False)
+            sizes = even_split(x.shape[0], shard.group.size())
             out = yield from comm.reduce_scatter_steps(partial, group=shard.group, sizes=sizes, label=self.label)
         else:
             out = yield from comm.all_reduce_steps(partial, group=shard.group, label=self.label)
@@ -556,8 +582,11 @@ def _filled(build: Callable[[], Sharded], linears: Mapping[str, nn.Linear]) -> S
     """Build a layer on the meta device and slice the given ones into it (meta ones leave it there)."""
     first = next(iter(linears.values()))
     for name, linear in linears.items():
-        if linear.in_features != first.in_features or (linear.bias is None) != (first.bias is None):
-            raise ValueError(f"`{name}` must have the input features and bias of the others, got {linear}")
+        if _kind(linear) != _kind(first):
+            raise ValueError(
+                f"`{name}` must have the input features, bias, dtype and requires_grad of the others {_kind(first)}, "
+                f"got {_kind(linear)}"
+            )
     layer = build()
     prefixes = {name: f"{name}." if name else "" for name in linears}
     layer.load_unsharded(
@@ -570,6 +599,12 @@ def _filled(build: Callable[[], Sharded], linears: Mapping[str, nn.Linear]) -> S
     for which, param in first.named_parameters(recurse=False):
         getattr(layer, which).requires_grad_(param.requires_grad)
     return layer
+
+
+def _kind(linear: nn.Linear) -> tuple[int, bool, torch.dtype, tuple[bool, ...]]:
+    """What fused linears must have in common."""
+    trained = tuple(param.requires_grad for param in linear.parameters())
+    return linear.in_features, linear.bias is not None, linear.weight.dtype, trained
 
 
 def _head_dim(linears: Mapping[str, nn.Linear], heads: HeadMap) -> int:

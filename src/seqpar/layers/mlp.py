@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from seqpar import comm
 from seqpar.comm import ProcessGroup, Steps
 from seqpar.kernels import swiglu
-from seqpar.layers.base import drop_child_names
-from seqpar.layers.linear import GateUpParallelLinear, RowParallelLinear
+from seqpar.layers.base import check_covered, drop_child_names
+from seqpar.layers.linear import GateUpParallelLinear, RowParallelLinear, enter_steps
 from seqpar.partition import Layout
 
 __all__ = ["ParallelMLP"]
@@ -31,6 +33,7 @@ class ParallelMLP(nn.Module):
             all-reduce.
     """
 
+    label: str = ""
     unnamed: ClassVar[tuple[str, ...]] = ("gate_up_proj",)
 
     def __init__(
@@ -62,26 +65,33 @@ class ParallelMLP(nn.Module):
         super().__init__()
         self.gate_up_proj: nn.Module = gate_up_proj
         self.down_proj: nn.Module = down_proj
-        self.blocks: dict[Layout | None, tuple[int, ...]] = {
-            None: gate_up_proj.blocks(),
-            gate_up_proj.layout: gate_up_proj.blocks(),
-        }
+        self.sequence_sharded = gate_up_proj.sequence_sharded
+        gate_up_proj.enters = False
+        place = _Place(gate_up_proj.group, gate_up_proj.blocks())
+        self.places: dict[Layout | None, _Place] = {None: place, gate_up_proj.layout: place}
         drop_child_names(self, self.unnamed)
 
     @classmethod
     def from_module(
         cls, mlp: nn.Module, *, group: ProcessGroup, sp: int = 1, sequence_sharded: bool = False
     ) -> ParallelMLP:
-        """Slice any MLP with `gate_proj`, `up_proj` and `down_proj` linears and a SiLU between (not checked)."""
+        """Slice an MLP with `gate_proj`, `up_proj` and `down_proj` linears and a SiLU between them.
+
+        Raises:
+            TypeError: one of the linears is missing.
+            ValueError: it has other parameters too, or an `act_fn` that is no SiLU.
+        """
         parts = [getattr(mlp, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
         gate, up, down = (part for part in parts)
         if not (isinstance(gate, nn.Linear) and isinstance(up, nn.Linear) and isinstance(down, nn.Linear)):
             raise TypeError(f"`mlp` must have linear gate_proj, up_proj and down_proj, got {type(mlp).__name__}")
+        _check_activation(getattr(mlp, "act_fn", F.silu))
         new = cls.__new__(cls)
         new._build(
             GateUpParallelLinear.from_linears(gate, up, group=group, sp=sp, sequence_sharded=sequence_sharded),
             RowParallelLinear.from_linear(down, group=group, sp=sp, sequence_sharded=sequence_sharded),
         )
+        check_covered(mlp, new)
         return new
 
     def add_layout(self, layout: Layout, *, group: ProcessGroup) -> None:
@@ -90,15 +100,21 @@ class ParallelMLP(nn.Module):
         assert isinstance(gate_up, GateUpParallelLinear) and isinstance(down, RowParallelLinear)
         gate_up.add_layout(layout, group=group)
         down.add_layout(layout, group=group)
-        self.blocks[layout] = gate_up.blocks(layout)
+        self.places[layout] = _Place(group, gate_up.blocks(layout))
 
     def steps(
         self, x: Float[Tensor, "t m"], *, layout: Layout | None = None, num_tokens: int | None = None
     ) -> Steps[Float[Tensor, "t m"]]:
         """See `forward`; yields where its linears do."""
-        options = given(layout=layout, num_tokens=num_tokens)
+        if layout not in self.places:
+            raise ValueError(f"`layout` must be one that was added, got {layout}; see add_layout")
+        group, blocks = self.places[layout]
+        options = given(layout=layout)
+        x = yield from enter_steps(
+            x, group=group, sequence_sharded=self.sequence_sharded, num_tokens=num_tokens, label=self.label
+        )
         gate_up = yield from comm.call(self.gate_up_proj, x, **options)
-        hidden = swiglu(gate_up, self.blocks[layout])
+        hidden = swiglu(gate_up, blocks)
         out: Tensor = yield from comm.call(self.down_proj, hidden, **options)
         return out
 
@@ -112,6 +128,20 @@ class ParallelMLP(nn.Module):
         Comm:  one all-reduce of T*M elements (or an all-gather and a reduce-scatter).
         """
         return comm.run(self.steps(x, layout=layout, num_tokens=num_tokens))
+
+
+class _Place(NamedTuple):
+    """The tensor-parallel group of a layout, and the sizes of the g, u blocks in its product."""
+
+    group: ProcessGroup
+    blocks: tuple[int, ...]
+
+
+def _check_activation(act_fn: Callable[[Tensor], Tensor]) -> None:
+    """Raise ValueError unless `act_fn` is a SiLU, by its values."""
+    probe = torch.linspace(-4, 4, 9)
+    if not torch.allclose(act_fn(probe), F.silu(probe)):
+        raise ValueError(f"`act_fn` must be a SiLU, got {act_fn}")
 
 
 def given(**options: Any) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from seqpar.comm import Groups, ProcessGroup
 from seqpar.kernels import rms_norm
-from seqpar.layers.base import ShardedModule, Source
+from seqpar.layers.base import ShardedModule, Source, check_covered
 
 __all__ = ["RMSNorm"]
 
@@ -41,7 +41,12 @@ class RMSNorm(ShardedModule):
 
     @classmethod
     def from_module(cls, norm: nn.Module, *, over_tp: bool = False) -> RMSNorm:
-        """Copy any norm with a `weight` and an `eps` or `variance_epsilon` (Transformers' name)."""
+        """Copy an RMS norm with a `weight` and an `eps` or `variance_epsilon` (Transformers' name).
+
+        Raises:
+            TypeError: it has no weight or no eps.
+            ValueError: it has other parameters, or does not compute an RMS norm (tried on a row, unless on meta).
+        """
         eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
         weight = norm.weight
         if not isinstance(weight, Tensor) or not isinstance(eps, float):
@@ -49,7 +54,19 @@ class RMSNorm(ShardedModule):
         new = cls(weight.shape[0], eps, over_tp=over_tp, device="meta", dtype=weight.dtype)
         new.load_unsharded({"weight": weight})
         new.weight.requires_grad_(weight.requires_grad)
+        check_covered(norm, new)
+        new._check_like(norm)
         return new
+
+    def _check_like(self, norm: nn.Module) -> None:
+        """Raise ValueError unless `norm` gives what this module gives."""
+        if self.weight.is_meta:
+            return
+        size = self.weight.shape[0]
+        row = torch.linspace(-1, 2, size, dtype=self.weight.dtype, device=self.weight.device).view(1, size)
+        with torch.no_grad():
+            if not torch.allclose(norm(row), self(row), rtol=2e-2, atol=1e-3):
+                raise ValueError(f"`norm` must be an RMS norm, weight times the normed input, got {norm}")
 
     def forward(self, x: Float[Tensor, "*tokens m"]) -> Float[Tensor, "*tokens m"]:
         return rms_norm(x, self.weight, self.eps)

@@ -129,6 +129,7 @@ class UlyssesAttention(nn.Module):
         exchange = self.exchanges[layout]
         tokens = even_split(batch.num_tokens, exchange.group.size())
         self._check(qkv, tokens[exchange.group.rank()], exchange)
+        self._check_step(qkv, batch, cos, sin, kv)
         mine = yield from comm.seq_to_heads_steps(
             qkv, columns=exchange.columns, tokens=tokens, group=exchange.group, label=self.label
         )
@@ -186,6 +187,33 @@ class UlyssesAttention(nn.Module):
                 f"got {list(qkv.shape)}"
             )
 
+    def _check_step(
+        self, qkv: Tensor, batch: RaggedBatch, cos: Tensor | None, sin: Tensor | None, kv: PagedKV | None
+    ) -> None:
+        """Refuse what the second half of the step would, before the first collective."""
+        table = (batch.num_tokens, self.head_dim)
+        if (cos is None) != (sin is None):
+            raise ValueError(f"`cos` and `sin` must be given together, got {type(cos).__name__}, {type(sin).__name__}")
+        if cos is not None and sin is not None and not (tuple(cos.shape) == tuple(sin.shape) == table):
+            raise ValueError(
+                f"`cos` and `sin` must have shape {list(table)} (all tokens of the batch), "
+                f"got {list(cos.shape)} and {list(sin.shape)}"
+            )
+        prefixed = batch.kv_lens != batch.q_lens
+        if kv is None:
+            if prefixed:
+                raise ValueError("`kv` must be given for a batch with cached tokens, got None")
+            return
+        if prefixed and torch.is_grad_enabled() and qkv.requires_grad:
+            raise ValueError("`kv` must be empty where gradients are wanted, got cached tokens; use torch.no_grad()")
+        pages, _ = kv.layer(self.layer_index)
+        wanted, got = (self.num_kv_heads, self.head_dim, qkv.dtype), (*pages.shape[2:], pages.dtype)
+        if wanted != got:
+            raise ValueError(
+                f"`kv` must hold this rank's KV heads {wanted} (heads, head_dim, dtype; `heads.kv_ranges` has those of "
+                f"every rank), got {got}"
+            )
+
     def _split(self, mine: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[T, (q | k0 v0 k1 v1 ...) * D] to views q[T, H, D], k[T, G, D], v[T, G, D]."""
         queries = self.num_heads * self.head_dim
@@ -204,15 +232,10 @@ class UlyssesAttention(nn.Module):
             "window": self.window,
             "kv_head_of": self.kv_head_of,
         }
-        prefixed = batch.kv_lens != batch.q_lens
         if kv is None:
-            if prefixed:
-                raise ValueError("`kv` must be given for a batch with cached tokens, got None")
             return attention(q, k, v, batch, **options)[0]
-        if prefixed and torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
-            raise ValueError("`kv` must be empty where gradients are wanted, got cached tokens; use torch.no_grad()")
         kv.append(self.layer_index, k.detach(), v.detach(), batch)
-        if not prefixed:
+        if batch.kv_lens == batch.q_lens:
             return attention(q, k, v, batch.without_cache, **options)[0]
         k, v = kv.layer(self.layer_index)
         return attention(q, k, v, batch, **options)[0]
