@@ -183,6 +183,17 @@ def test_a_real_transfer_slower_than_its_link_ends_when_it_ends() -> None:
     assert spans(t, "comm") == [(0.0, 2.0)]
 
 
+def test_a_real_transfer_faster_than_its_link_ends_with_the_link() -> None:
+    world = World()
+    with comm.trace(clock=world.clock) as t, world.link.on(world.group):
+        world.group.future = torch.futures.Future()
+        handle = world.launch(4)
+        world.clock.advance(0.5)
+        world.group.future.set_result(None)
+        handle.wait()
+    assert spans(t, "comm") == [(0.0, 1.0)] and spans(t, "wait") == [(0.5, 1.0)]
+
+
 def test_the_report() -> None:
     world = World()
     with comm.trace(clock=world.clock) as t, world.link.on(world.group):
@@ -222,7 +233,7 @@ def test_the_file_for_trace_viewers(tmp_path: Path) -> None:
     names = {(e["pid"], e["tid"]): e["args"]["name"] for e in events if e["name"] == "thread_name"}
     drawn = [e for e in events if e["ph"] == "X"]
     assert len(drawn) == len(t.intervals) and {e["pid"] for e in drawn} == {0}
-    assert [e["args"]["name"] for e in events if e["name"] == "process_name"]
+    assert {e["args"]["name"] for e in events if e["name"] == "process_name"} == {"rank 0"}
     first = next(e for e in drawn if e["cat"] == "comm")
     assert (first["name"], first["ts"], first["dur"]) == ("a0", 1e6, 2e6)
     assert first["args"] == {
@@ -240,13 +251,16 @@ def test_the_file_for_trace_viewers(tmp_path: Path) -> None:
     assert {"comm", "comm 2"} <= set(names.values())
 
 
-def test_a_queued_transfer_knows_when_it_was_launched() -> None:
+def test_a_queued_transfer_knows_when_it_was_launched(tmp_path: Path) -> None:
     world = World()
     with comm.trace(clock=world.clock) as t, world.link.on(world.group):
         handles = [world.launch(8, "a"), world.launch(4, "b")]
         for handle in handles:
             handle.wait()
     assert [(i.launched_s, *i.span) for i in t.intervals if i.kind == "comm"] == [(0.0, 0.0, 2.0), (0.0, 2.0, 3.0)]
+    t.save(tmp_path / "x.json")
+    events = json.loads((tmp_path / "x.json").read_text())["traceEvents"]
+    assert {e["args"]["name"] for e in events if e["name"] == "process_name"} == {"rank 0 (simulated link)"}
 
 
 def test_the_picture(tmp_path: Path) -> None:
@@ -275,7 +289,7 @@ def test_the_innermost_trace_sees_and_an_error_leaves_it_whole() -> None:
     assert spans(inner, "compute", 0) == [(0.0, 1.0), (1.0, 2.0)]
 
 
-def two_programs(mesh: comm.DeviceMesh) -> None:
+def two_programs(mesh: comm.DeviceMesh) -> tuple[comm.TraceReport, comm.TraceReport]:
     """Two real programs under 20 ms links: traced by rank, hidden where they computed, gathered on all ranks."""
     group = comm.groups(mesh).tp
 
@@ -301,6 +315,7 @@ def two_programs(mesh: comm.DeviceMesh) -> None:
     assert report.num_ranks == 2 and report.simulated
     assert report.compute_s >= 4 * 0.03 and report.comm_s >= 4 * 0.02 - 1e-9
     assert report.overlap_s >= 2 * 0.02  # at least what b0 and a1 compute beside, were all else unlucky
+    return t.report(), report
 
 
 def real_ends(mesh: comm.DeviceMesh) -> None:
@@ -322,7 +337,11 @@ def real_ends(mesh: comm.DeviceMesh) -> None:
 
 
 def test_real_programs_on_a_simulated_link() -> None:
-    run_mesh((2, 1), two_programs)
+    (first, whole), (second, same) = run_mesh((2, 1), two_programs)
+    assert whole == same
+    for name in ("span_s", "compute_s", "comm_s", "overlap_s", "exposed_s"):
+        mean = (getattr(first, name) + getattr(second, name)) / 2
+        assert getattr(whole, name) == pytest.approx(mean, rel=1e-12)
 
 
 def test_the_end_of_a_real_transfer_is_seen_without_waiting() -> None:

@@ -359,6 +359,7 @@ def _total(spans: Iterable[Span]) -> float:
 def _events(intervals: Sequence[Interval]) -> Iterator[dict[str, Any]]:
     """Trace events in microseconds from the first start; what overlaps gets lanes of its own, as the format asks."""
     origin = min((i.start_s for i in intervals), default=0.0)
+    simulated = {i.rank for i in intervals if i.simulated}
     free: dict[tuple[int, str], list[float]] = {}  # for each rank and kind: when its lanes are free
     for i in intervals:
         lanes = free.setdefault((i.rank, i.kind), [])
@@ -382,7 +383,8 @@ def _events(intervals: Sequence[Interval]) -> Iterator[dict[str, Any]]:
             },
         }
     for (rank, kind), lanes in free.items():
-        yield {"name": "process_name", "ph": "M", "pid": rank, "args": {"name": f"rank {rank}"}}
+        process = f"rank {rank} (simulated link)" if rank in simulated else f"rank {rank}"
+        yield {"name": "process_name", "ph": "M", "pid": rank, "args": {"name": process}}
         for lane in range(len(lanes)):
             name = f"{kind} {lane + 1}" if lane else kind
             yield {"name": "thread_name", "ph": "M", "pid": rank, "tid": _thread(kind, lane), "args": {"name": name}}
