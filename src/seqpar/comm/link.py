@@ -48,7 +48,7 @@ LINK_PRESETS: Mapping[str, LinkCosts] = MappingProxyType(
         "h100-multimem-8": _costs(12.7, 480.0),
     }
 )
-"""Least-squares fits of all-reduce times, by fabric and number of GPUs; the rate is the bus bandwidth.
+"""Alpha-beta fits of all-reduce times, by fabric and number of GPUs; the rate is the bus bandwidth.
 
 A fit is of a whole all-reduce, alpha included: one in two phases pays alpha twice here.
 
