@@ -224,9 +224,9 @@ class Stage:
 CURRICULUM = (
     Stage(steps=425, length=128, batch=32, share=0.6, echo=0.5),
     Stage(steps=100, length=512, batch=16, share=0.25, reach=CONTEXT),
-    Stage(steps=165, length=512, batch=16, share=SHARE, reach=CONTEXT),
-    Stage(steps=16, length=CONTEXT, batch=2, share=SHARE),
-    Stage(steps=40, length=2048, batch=4, share=SHARE, reach=CONTEXT),
+    Stage(steps=325, length=512, batch=16, share=SHARE, reach=CONTEXT),
+    Stage(steps=24, length=CONTEXT, batch=2, share=SHARE),
+    Stage(steps=30, length=2048, batch=4, share=SHARE, reach=CONTEXT),
 )
 
 
@@ -499,7 +499,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     )
     for distance, value in accuracy.items():
         print(f"  {distance:>5} tokens  {value:6.1%}")
-    text = write_sample(model, tokenizer, "def read_file(path):\n", seed=0)
+    text = write_sample(model, tokenizer, "class ConfigReader:\n", seed=0)
     print(f"sample:\n{text}\n({time.monotonic() - started:.0f} s)")
     report = {
         "held_out": losses,
@@ -519,7 +519,7 @@ def parse_args() -> argparse.Namespace:
     training = parser.add_argument_group("training")
     training.add_argument("--batch-scale", type=int, default=1, help="times as many sequences in every step")
     training.add_argument("--steps-scale", type=float, default=1.0, help="times as many steps in every stage")
-    training.add_argument("--decay", type=int, default=110, help="steps over which the learning rate falls to 0")
+    training.add_argument("--decay", type=int, default=200, help="steps over which the learning rate falls to 0")
     training.add_argument("--muon-lr", type=float, default=5e-3)
     training.add_argument("--adam-lr", type=float, default=5e-3)
     training.add_argument("--workers", type=int, default=2, help="threads, with a part of the batch each")
