@@ -30,7 +30,7 @@ setup: $(STAMP)  ## create or update .venv
 
 $(STAMP): pyproject.toml constraints-cpu.txt
 	@test -n "$(PYTHON)" || { echo "seqpar needs Python >= 3.11 with venv and ensurepip (Debian: apt install python3-venv)"; exit 1; }
-	@echo "setup: $(VENV) with $$($(PYTHON) --version), PyTorch for CPU and the development tools (1-3 minutes, once)"
+	@echo "setup: $(VENV) with $$($(PYTHON) --version), PyTorch and the development tools (2 minutes with the CPU build, once)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(call PIP,$(VENV)) -e '.[dev]'
 	@touch $@

@@ -66,8 +66,8 @@ def main() -> int:
             f"seqpar {seqpar.__version__} on {world} rank(s), {torch.get_num_threads()} thread(s) each: {options.model}"
         )
         print("reference: the unswapped Transformers model ...", flush=True)
-    expected, expected_long = reference(options, prompts, long_prompt)
-    rows = [run(options, layout, tokenizer, prompts, long_prompt, expected, expected_long) for layout in layouts(world)]
+    expected = reference(options, tokenizer, prompts, long_prompt)
+    rows = [run(options, layout, tokenizer, prompts, long_prompt, expected) for layout in layouts(world)]
     if rank == 0:
         show(rows)
     return 0 if all(row.correct for row in rows) else 1
@@ -97,16 +97,17 @@ def generation(options: argparse.Namespace) -> dict:
     return {"max_new_tokens": options.new_tokens, "min_new_tokens": options.new_tokens, "do_sample": False}
 
 
-def reference(options, prompts, long_prompt) -> tuple[torch.Tensor, torch.Tensor]:
+def reference(options, tokenizer, prompts, long_prompt) -> tuple[torch.Tensor, ...]:
     """What the unswapped model says, in this process."""
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
     return (
+        model.generate(**tokenizer([PROMPTS[0]], return_tensors="pt"), **generation(options)),
         model.generate(**prompts, **generation(options)),
         model.generate(long_prompt, attention_mask=torch.ones_like(long_prompt), **generation(options)),
     )
 
 
-def run(options, layout, tokenizer, prompts, long_prompt, expected, expected_long) -> Row:
+def run(options, layout, tokenizer, prompts, long_prompt, expected) -> Row:
     """Load under one layout, check every token, measure."""
     mesh = seqpar.init_mesh(tp=layout.tp, sp=layout.sp)
     first = comm.groups(mesh).flat.rank() == 0
@@ -115,17 +116,22 @@ def run(options, layout, tokenizer, prompts, long_prompt, expected, expected_lon
     model = seqpar.hf.load(
         options.model, mesh, dtype=torch.float32, progress=first, sequence_sharded=options.sequence_sharded
     )
-    one = {name: tensor[:1] for name, tensor in tokenizer([PROMPTS[0]], return_tensors="pt").items()}
-    model.generate(**one, **generation(options), streamer=TextStreamer(tokenizer, skip_special_tokens=True) if first else None)
+    one = tokenizer([PROMPTS[0]], return_tensors="pt")
+    streamer = TextStreamer(tokenizer, skip_special_tokens=True) if first else None
+    streamed = model.generate(**one, **generation(options), streamer=streamer)
     out = model.generate(**prompts, **generation(options))
     row, out_long = measure(options, layout, model, long_prompt)
-    row.correct = report(tokenizer, "left-padded batch", out, expected, first) and report(
-        tokenizer, f"{long_prompt.shape[1]}-token prompt", out_long, expected_long, first
+    checks = (
+        ("streamed text", streamed, expected[0]),
+        ("left-padded batch", out, expected[1]),
+        (f"{long_prompt.shape[1]}-token prompt", out_long, expected[2]),
     )
+    equal = [report(name, got, want, first) for name, got, want in checks]  # all of them, to say all that is wrong
+    row.correct = all(equal)
     return row
 
 
-def report(tokenizer, name: str, out: torch.Tensor, expected: torch.Tensor, first: bool) -> bool:
+def report(name: str, out: torch.Tensor, expected: torch.Tensor, first: bool) -> bool:
     """Compare tokens; say where they part."""
     same = torch.equal(out, expected)
     if first and same:
