@@ -1,8 +1,8 @@
 """Train the bundled checkpoint `examples/tiny-llama/`: a small Llama that reads code and remembers.
 
 Parallel attention can only be judged on attention that has something to find. This script trains a model small enough
-to live in the repository and real enough to measure on: its text is readable, and its heads fetch single tokens from
-thousands of tokens back.
+to live in the repository and real enough to measure on: its text looks like Python, and its heads fetch single tokens
+from thousands of tokens back.
 
 Data.  CPython's standard library, from the machine it runs on (`sysconfig`), without tests, tables and site-packages.
     One file in twenty, chosen by a hash of its path, is held out. Between the lines of source stand retrieval lines::
@@ -59,6 +59,7 @@ CONTEXT = 8192
 VOCAB_SIZE = 1537
 SHARE = 0.15  # of the tokens of a sequence that are retrieval lines, at the end of training and in evaluation
 DISTANCES = (32, 64, 128, 256, 512, 1024, 2048, 4096, 7936)
+PROMPT = "class Stack:\n    def __init__(self):\n        self.items = []\n\n    def push(self, item):\n"
 EXCLUDED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "encodings", "pydoc_data", "__pycache__"}
 
 # A piece never continues past a newline, so lines tokenize alike alone and in context (a blank line joins its
@@ -499,7 +500,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     )
     for distance, value in accuracy.items():
         print(f"  {distance:>5} tokens  {value:6.1%}")
-    text = write_sample(model, tokenizer, "class ConfigReader:\n", seed=0)
+    text = write_sample(model, tokenizer, PROMPT, seed=0)
     print(f"sample:\n{text}\n({time.monotonic() - started:.0f} s)")
     report = {
         "held_out": losses,
@@ -531,7 +532,7 @@ def parse_args() -> argparse.Namespace:
     training.add_argument("--check-every", type=int, default=100)
     evaluation = parser.add_argument_group("evaluation")
     evaluation.add_argument("--evaluate", action="store_true", help="measure the checkpoint instead of training")
-    evaluation.add_argument("--queries", type=int, default=400, help="least number of queries per distance")
+    evaluation.add_argument("--queries", type=int, default=200, help="least number of queries per distance")
     evaluation.add_argument("--eval-tokens", type=int, default=131_072, help="tokens of held-out source to score")
     evaluation.add_argument("--json", type=Path, help="write the measures to this file too")
     args = parser.parse_args()
