@@ -6,10 +6,12 @@ import sys
 
 import pytest
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from seqpar import comm
 from tests.ranks import LAYOUTS, run_mesh, run_ranks
+
+AXES = ("tp", "sp")
 
 
 def places(mesh):
@@ -78,16 +80,45 @@ def own_mesh(rank, p):
     assert dist.get_process_group_ranks(g.flat) == [rank // 2 * 2, rank // 2 * 2 + 1]
     assert comm.groups(mesh).flat is g.flat
     assert [comm.is_deterministic(group) for group in g[1:]] == [False] * 3
-    mesh = comm.init_mesh(mesh=whole["tp", "sp"], deterministic=True)
-    assert [comm.is_deterministic(group) for group in comm.groups(mesh)[1:]] == [True] * 3
 
 
 def test_a_mesh_of_the_users_own_keeps_its_groups():
     run_ranks(4, own_mesh, isolated=True)
 
 
+def marks(mesh):
+    return [comm.is_deterministic(group) for group in comm.groups(mesh)[1:]]
+
+
+def own_marks(rank, p):
+    whole = init_device_mesh("cpu", (2, 2), mesh_dim_names=("tp", "sp"))
+    mesh = comm.init_mesh(mesh=whole)
+    assert marks(mesh) == [False] * 3
+    assert marks(comm.init_mesh(mesh=mesh, deterministic=True)) == [True] * 3
+    assert marks(comm.init_mesh(mesh=mesh)) == marks(whole) == [True] * 3  # nothing asked, nothing lost
+    made = comm.init_mesh(2, 2, "cpu", deterministic=True)
+    assert marks(comm.init_mesh(mesh=made)) == [True] * 3
+    sharing = DeviceMesh.from_group(
+        [made.get_group("tp"), whole.get_group("sp")], "cpu", mesh=made.mesh, mesh_dim_names=AXES
+    )
+    plain = comm.init_mesh(2, 2, "cpu")
+    for asked in (whole, made, sharing):
+        with pytest.raises(
+            ValueError,
+            match=r"`deterministic` must be True or left out for groups that are deterministic already \(tp, sp.*\), "
+            "got False; give this mesh groups of its own",
+        ):
+            comm.init_mesh(mesh=asked, deterministic=False)
+    assert marks(whole) == marks(made) == [True] * 3
+    assert marks(comm.init_mesh(mesh=plain, deterministic=False)) == [False] * 3
+
+
+def test_a_mark_once_set_stays():
+    run_ranks(4, own_marks, isolated=True)
+
+
 def deterministic(mesh):
-    return [comm.is_deterministic(group) for group in comm.groups(mesh)[1:]], comm.describe(comm.groups(mesh).sp)
+    return marks(mesh), comm.describe(comm.groups(mesh).sp)
 
 
 def test_deterministic_is_a_property_of_the_mesh():

@@ -47,7 +47,7 @@ def init_mesh(
     device: str | None = None,
     *,
     mesh: DeviceMesh | None = None,
-    deterministic: bool = False,
+    deterministic: bool | None = None,
     timeout_s: float = 300.0,
 ) -> DeviceMesh:
     """A mesh with the axes "tp" and "sp", sequence axis fastest; every rank calls it with the same arguments.
@@ -61,18 +61,22 @@ def init_mesh(
         sp: number of sequence-parallel ranks, default 1.
         device: "cpu" or "cuda"; default is "cuda" where there is one.
         mesh: take this mesh, or this slice of one, with its own groups, instead of making one.
-        deterministic: reductions of the groups of this mesh are float32 sums in rank order, rounded once.
+        deterministic: reductions of the groups of this mesh are float32 sums in rank order, rounded once; so they then
+            are in every mesh of the user's own that shares a group with it. None leaves the groups of `mesh` as they
+            are, and is False where the mesh is made here.
         timeout_s: how long a collective of this mesh may wait for its slowest rank; with `mesh=` that is its own.
 
     Raises:
-        ValueError: the mesh does not fit into the world, or `mesh` has other axes.
+        ValueError: the mesh does not fit into the world, `mesh` has other axes, or its groups are deterministic
+            already where `deterministic` is False.
     """
     if mesh is None:
         mesh = _make_mesh(Layout(1 if tp is None else tp, 1 if sp is None else sp), device, timeout_s)
     elif (tp, sp, device) != (None, None, None):
         raise ValueError("`mesh` must come alone, got `tp`, `sp` or `device` with it; leave them out")
-    for group in groups(mesh)[1:]:
-        mark_deterministic(group, deterministic)
+    made = groups(mesh)
+    if deterministic is not None:
+        _mark(made, deterministic)
     return mesh
 
 
@@ -98,9 +102,21 @@ def is_deterministic(group: ProcessGroup) -> bool:
     return group.group_desc.endswith(_DETERMINISTIC)
 
 
-def mark_deterministic(group: ProcessGroup, deterministic: bool) -> None:
-    """Set what `is_deterministic` reads: the description is all that a process group can carry."""
-    group._set_group_desc(group.group_desc.removesuffix(_DETERMINISTIC) + _DETERMINISTIC * deterministic)
+def _mark(made: Groups, deterministic: bool) -> None:
+    """Set what `is_deterministic` reads: the description is all that a process group can carry.
+
+    A mark stays: another mesh that shares the group may rely on it.
+    """
+    named = {name: group for name, group in made._asdict().items() if name != "layout"}
+    marked = [name for name, group in named.items() if is_deterministic(group)]
+    if marked and not deterministic:
+        raise ValueError(
+            f"`deterministic` must be True or left out for groups that are deterministic already "
+            f"({', '.join(marked)}), got False; give this mesh groups of its own"
+        )
+    for group in named.values():
+        if deterministic and not is_deterministic(group):  # two axes may have one group
+            group._set_group_desc(group.group_desc + _DETERMINISTIC)
 
 
 def _make_mesh(layout: Layout, device: str | None, timeout_s: float) -> DeviceMesh:
@@ -145,7 +161,10 @@ def _own_group(
 
 
 def _start(device: str, timeout: timedelta) -> None:
-    """Start the default process group, unless the caller has."""
+    """Start the default process group, unless the caller has.
+
+    The environment is read here alone: it is how torchrun tells a process which rank and which device it has.
+    """
     if dist.is_initialized():
         return
     if device == "cuda":
