@@ -149,6 +149,25 @@ def yields(mesh):
     assert torch.equal(stop.value.value, torch.full((3,), float(group.size())))
 
 
+def alone(mesh):
+    """A group of one has nothing to yield, checks its arguments all the same, and returns `x` itself."""
+    group, x = comm.groups(mesh).sp, torch.ones(3)
+    for steps, good, bad in (
+        (comm.all_reduce_steps, {}, None),
+        (comm.all_gather_steps, {}, {"sizes": [2]}),
+        (comm.reduce_scatter_steps, {}, {"sizes": [2]}),
+        (comm.all_to_all_steps, {"send_sizes": [3], "recv_sizes": [3]}, {"send_sizes": [2], "recv_sizes": [2]}),
+        (comm.broadcast_steps, {"src": 0}, {"src": 1}),
+        (comm.send_recv_steps, {"dst": 0, "src": 0}, {"dst": 1, "src": 0}),
+    ):
+        with pytest.raises(StopIteration) as stop:
+            next(steps(x, group=group, **good))
+        assert stop.value.value is x
+        if bad is not None:
+            with pytest.raises(ValueError, match="must"):
+                next(steps(x, group=group, **bad))
+
+
 BODIES = (adjoints, megatron, slices_of_gathered_gradient, second_derivatives)
 
 
@@ -166,6 +185,10 @@ def test_results(p, body):
 
 def test_steps_yield_named_handles():
     run_mesh((1, 2), yields)
+
+
+def test_a_group_of_one_has_nothing_to_do():
+    run_mesh((1, 1), alone)
 
 
 def test_plain_faces_are_named():

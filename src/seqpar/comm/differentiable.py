@@ -4,6 +4,9 @@ A collective is linear, so its gradient is the adjoint collective, stated here b
 adjoint on a finished result; it is itself a plain collective, so second derivatives work. Backward passes launch
 collectives in the order in which autograd visits them, which is the same on every rank where the graphs are: every
 rank must use the result.
+
+Results are new tensors, but for a collective that has nothing to do (a group of one, a send to oneself): its steps
+yield nothing, and its result is `x` itself.
 """
 
 from __future__ import annotations
@@ -122,9 +125,10 @@ def all_gather_steps(
     Raises:
         ValueError: `sizes` does not fit the group or `x`.
     """
-    result = yield raw.all_gather_async(x, group=group, dim=dim, sizes=sizes, label=label)
+    handle = raw.all_gather_async(x, group=group, dim=dim, sizes=sizes, label=label)
     if group.size() == 1:
         return x
+    result = yield handle
     sizes = (x.shape[dim],) * group.size() if sizes is None else tuple(sizes)
     if grad == "partial":
         return with_adjoint(x, result, partial(reduce_scatter, group=group, dim=dim, sizes=sizes, label=_back(label)))
@@ -146,9 +150,10 @@ def reduce_scatter_steps(
         ValueError: `sizes` does not fit the group or `x`.
         TypeError: the dtype cannot be summed.
     """
-    result = yield raw.reduce_scatter_async(x, group=group, dim=dim, sizes=sizes, label=label)
+    handle = raw.reduce_scatter_async(x, group=group, dim=dim, sizes=sizes, label=label)
     if group.size() == 1:
         return x
+    result = yield handle
     sizes = even_split(x.shape[dim], group.size()) if sizes is None else tuple(sizes)
     return with_adjoint(x, result, partial(all_gather, group=group, dim=dim, sizes=sizes, label=_back(label)))
 
@@ -166,9 +171,10 @@ def all_to_all_steps(
     Raises:
         ValueError: the sizes do not fit the group, each other or `x`.
     """
-    result = yield raw.all_to_all_async(x, group=group, send_sizes=send_sizes, recv_sizes=recv_sizes, label=label)
+    handle = raw.all_to_all_async(x, group=group, send_sizes=send_sizes, recv_sizes=recv_sizes, label=label)
     if group.size() == 1:
         return x
+    result = yield handle
     back = partial(all_to_all, group=group, send_sizes=recv_sizes, recv_sizes=send_sizes, label=_back(label))
     return with_adjoint(x, result, back)
 
@@ -177,16 +183,17 @@ def broadcast_steps(x: Tensor, *, src: int, group: ProcessGroup, label: str = ""
     """Rank `src`'s `x` on all ranks.
 
     In:    x; on other ranks than `src` only its shape and dtype matter.
-    Out:   the value at `src`, replicated; a new tensor on every rank.
+    Out:   the value at `src`, replicated.
     Grad:  of the output: partial; summed at `src`, zeros elsewhere.
     Comm:  `src` sends p-1 times.
 
     Raises:
         ValueError: `src` is no rank of the group.
     """
-    result = yield raw.broadcast_async(x, src=src, group=group, label=label)
+    handle = raw.broadcast_async(x, src=src, group=group, label=label)
     if group.size() == 1:
         return x
+    result = yield handle
     return with_adjoint(x, result, partial(_reduce, dst=src, group=group, label=_back(label)))
 
 
@@ -210,9 +217,10 @@ def send_recv_steps(
     Raises:
         ValueError: `dst` or `src` is no rank of the group, or just one of them is this rank.
     """
-    result = yield raw.send_recv_async(x, dst=dst, src=src, group=group, recv_shape=recv_shape, tag=tag, label=label)
+    handle = raw.send_recv_async(x, dst=dst, src=src, group=group, recv_shape=recv_shape, tag=tag, label=label)
     if dst == group.rank():
         return x
+    result = yield handle
     back = partial(send_recv, dst=src, src=dst, group=group, recv_shape=x.shape, tag=tag, label=_back(label))
     return with_adjoint(x, result, back)
 
