@@ -78,6 +78,19 @@ def test_it_is_frozen_and_moves_whole() -> None:
     assert moved.device.type == "meta" and moved.last_idx.device.type == "meta"
 
 
+def test_tensors_outlive_inference_mode() -> None:
+    """Autograd saves none that was made in it; a batch may serve an evaluation first and a training step then."""
+    with torch.inference_mode():
+        given = RaggedBatch.build([2], [5], [[0, 1]], 4, positions=torch.tensor([0, 1]))
+        batches = [RaggedBatch.prefill([3, 0]), given, given.to("meta"), *given.split([1])]
+        tensors = [
+            getattr(batch, name)
+            for batch in batches
+            for name in ("positions", "slots", "page_table", "cu_q", "cu_kv", "last_idx")
+        ]
+    assert not any(x.is_inference() for x in tensors)
+
+
 @pytest.mark.parametrize(
     ("q_lens", "kv_lens", "pages", "page_size", "message"),
     [

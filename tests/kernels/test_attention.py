@@ -223,6 +223,18 @@ def test_one_batch_serves_every_dtype_and_length(window: int) -> None:
         torch.testing.assert_close(out.double(), want, rtol=0, atol=OUT_ATOL[dtype])
 
 
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_batch_that_served_inference_serves_training(backend: str, window: int | None) -> None:
+    q, k, v = (torch.randn(9, 2, 4, requires_grad=True) for _ in range(3))
+    with torch.inference_mode():
+        batch = RaggedBatch.prefill([9])
+        attention(q, k, v, batch, window=window, backend=backend)
+        assert batch.last_idx.tolist() == [8]
+    out, _ = attention(q, k, v, batch, window=window, backend=backend)
+    out[batch.last_idx].sum().backward()
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_no_heads(backend: str) -> None:
     q, k = torch.zeros(3, 0, 8), torch.zeros(3, 0, 8)

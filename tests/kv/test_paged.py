@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 
 import pytest
 import torch
@@ -238,6 +238,73 @@ def test_a_contiguous_cache_doubles_under_its_requests() -> None:
         kv.append(0, rows([9], 0), rows([9], 0), old)
     step(kv, {0: [4, 5], 1: [6, 7, 8]})
     check(kv, {0: [1, 2, 4, 5], 1: [3, 6, 7, 8]})
+
+
+def test_a_step_may_be_written_after_the_cache_has_grown() -> None:
+    kv, expected = filled(a=5)
+    batch = kv.batch(["a"], [4])
+    kv.grow(num_pages=12)
+    for layer in range(LAYERS):
+        kv.append(layer, rows([6, 7, 8, 9], layer), -rows([6, 7, 8, 9], layer), batch)
+    check(kv, {"a": [*expected["a"], 6, 7, 8, 9]})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda kv: (kv.free("a"), kv.batch(["c"], [6])),
+        lambda kv: (kv.truncate("a", 5), kv.batch(["c"], [6])),
+        lambda kv: kv.select({"a": "b", "b": "a"}),
+    ],
+    ids=["free", "truncate", "select"],
+)
+def test_a_stale_step_overwrites_nobody(change: Callable[[PagedKV], object]) -> None:
+    kv, _ = filled(a=5, b=3)
+    stale = kv.batch(["a"], [4])
+    parts = [*stale.split([1]), stale.to("cpu")]
+    change(kv)
+    before = snapshot(kv)
+    for batch in (stale, *parts):
+        new = rows(list(range(batch.num_tokens)), 0)
+        with own_errors(), pytest.raises(ValueError, match=r"`batch` must be made after .* \(version [12]\), got 0; "):
+            kv.append(0, new, new, batch)
+    assert snapshot(kv) == before
+
+
+def test_what_is_refused_makes_no_step_stale() -> None:
+    kv, _ = filled(a=5)
+    batch = kv.batch(["a"], [1])
+    for change in (
+        lambda: kv.free("b"),
+        lambda: kv.truncate("a", 9),
+        lambda: kv.select({"b": "c"}),
+        lambda: kv.select(dict.fromkeys("bcdefg", "a")),
+    ):
+        with pytest.raises(ValueError, match="must"):
+            change()
+    kv.append(0, rows([9], 0), rows([9], 0), batch)
+
+
+def test_a_cache_made_in_inference_mode_serves_without_it() -> None:
+    with torch.inference_mode():
+        kv, expected = filled(a=5)
+        kv.grow(num_pages=12)
+    with torch.no_grad():
+        step(kv, {"a": [70, 71]})
+    step(kv, {"a": [72]})
+    check(kv, {"a": [*expected["a"], 70, 71, 72]})
+    with torch.inference_mode():
+        step(kv, {"b": [73]})
+        kv.select({"a": "b", "b": "a"})
+    check(kv, {"b": [*expected["a"], 70, 71, 72], "a": [73]})
+
+
+def test_a_step_knows_its_pages_without_asking_the_device() -> None:
+    kv = PagedKV(1, 8, 4, HEADS, DIM, device="meta")
+    batch = kv.batch(["a", "b"], [5, 3])
+    assert batch.pages == batch.to("meta").pages == (kv.pages("a"), kv.pages("b"))
+    kv.reserve({"a": 4})
+    assert [chunk.pages for chunk in kv.batch(["a"], [2]).split([1])] == [(kv.pages("a")[:2],)] * 2
 
 
 def test_bytes() -> None:

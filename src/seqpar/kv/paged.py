@@ -31,6 +31,9 @@ class PagedKV:
     attends to `layer(i)`. Room is found for all requests or for none. Memory is not initialised: what was never
     appended must never be read. Values are stored without their autograd history.
 
+    A batch's tokens are to be appended before a request is freed, truncated or selected: the pages may then belong to
+    another. Each of these makes a new `version` of the cache, and `append` refuses the batches of older ones.
+
     Args:
         num_layers: Layers that append.
         num_pages: Pages, shared by all requests.
@@ -64,10 +67,12 @@ class PagedKV:
             )
         self.num_pages, self.page_size, self.pages_per_request = num_pages, page_size, pages_per_request
         shape = (num_pages, page_size, num_kv_heads, head_dim)
-        self._k = [torch.empty(shape, dtype=dtype, device=device) for _ in range(num_layers)]
-        self._v = [torch.empty(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+        with torch.inference_mode(False):  # made in it, they could only ever be written in it
+            self._k = [torch.empty(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+            self._v = [torch.empty(shape, dtype=dtype, device=device) for _ in range(num_layers)]
         self._free = list(range(num_pages))  # a heap
         self._requests: dict[Hashable, _Request] = {}
+        self.version = 0
         self.num_kv_heads, self.head_dim, self.dtype, self.device = num_kv_heads, head_dim, dtype, torch.device(device)
 
     @classmethod
@@ -172,11 +177,14 @@ class PagedKV:
             self._requests[request] = held._replace(length=held.length + new)
         held_now = [self._requests[request] for request in requests]
         kv_lens, pages = [held.length for held in held_now], [held.pages for held in held_now]
-        return RaggedBatch.build(q_lens, kv_lens, pages, self.page_size, positions=positions, device=self.device)
+        return RaggedBatch.build(
+            q_lens, kv_lens, pages, self.page_size, positions=positions, device=self.device, version=self.version
+        )
 
     def free(self, request: Hashable) -> None:
         """Give a request's pages back."""
         self._release(self._get(request).pages)
+        self.version += 1
         del self._requests[request]
 
     def truncate(self, request: Hashable, length: int) -> None:
@@ -190,6 +198,7 @@ class PagedKV:
             raise ValueError(f"`length` must be 0 to the tokens of request {request!r} ({held.length}), got {length}")
         keep = self._pages_for(length)
         self._release(held.pages[keep:])
+        self.version += 1
         self._requests[request] = _Request(held.pages[:keep], length)
 
     def select(self, sources: Mapping[Hashable, Hashable]) -> None:
@@ -209,6 +218,7 @@ class PagedKV:
         if wanted > len(self._free) + len(released):
             raise self._out_of_pages("copies", wanted, len(self._free) + len(released))
         self._release(released)
+        self.version += 1
         self._requests.update({new: before[old] for new, old in sources.items() if owner[old] == new})
         for new in copied:
             held = before[sources[new]]
@@ -216,10 +226,11 @@ class PagedKV:
             self._copy_pages(held.pages, pages, held.length)
             self._requests[new] = _Request(pages, held.length)
 
+    @torch.inference_mode(False)
     def grow(self, *, num_pages: int | None = None, page_size: int | None = None) -> None:
         """Make room for more, keeping every request: more pages, or longer ones where no request holds more than one.
 
-        Batches built before do not fit a cache whose pages have become longer.
+        Batches made before still fit, for no request has lost a page; but not once pages have become longer.
 
         Raises:
             ValueError: a size shrinks, or pages would grow under a request that holds several.
@@ -263,7 +274,8 @@ class PagedKV:
         """Write a step's keys and values where the batch says.
 
         Raises:
-            ValueError: shape, dtype or page size differ from the cache's; then nothing was written.
+            ValueError: shape, dtype or page size differ from the cache's, or the batch is older than the last free,
+                truncate or select; then nothing was written.
         """
         shape = (batch.num_tokens, self.num_kv_heads, self.head_dim)
         if k.shape != shape or v.shape != shape or k.dtype != self.dtype or v.dtype != self.dtype:
@@ -273,6 +285,11 @@ class PagedKV:
             )
         if batch.page_size != self.page_size:
             raise ValueError(f"`batch` must have the cache's page size ({self.page_size}), got {batch.page_size}")
+        if batch.version != self.version:
+            raise ValueError(
+                f"`batch` must be made after the last free, truncate or select (version {self.version}), "
+                f"got {batch.version}; ask for a new `batch`"
+            )
         for store, new in ((self._k, k), (self._v, v)):
             flat, new = store[layer].flatten(0, 1), new.detach()
             if flat.is_cpu and len(batch.slot_runs) == 1:

@@ -67,8 +67,9 @@ def _addresses(batch: RaggedBatch) -> Int64[Tensor, " keys"]:
     found: Tensor | None = batch.plans.get("attention.addresses")
     if found is None:
         total = batch.kv_starts[-1]
-        request = torch.repeat_interleave(batch.cu_kv.diff(), output_size=total)
-        index = torch.arange(total, device=batch.device) - batch.cu_kv[request]
-        page = batch.page_table[request, index // batch.page_size].long()
-        found = batch.plans["attention.addresses"] = page * batch.page_size + index % batch.page_size
+        with torch.inference_mode(False):  # later calls on the batch may want a gradient
+            request = torch.repeat_interleave(batch.cu_kv.diff(), output_size=total)
+            index = torch.arange(total, device=batch.device) - batch.cu_kv[request]
+            page = batch.page_table[request, index // batch.page_size].long()
+            found = batch.plans["attention.addresses"] = page * batch.page_size + index % batch.page_size
     return found
