@@ -104,13 +104,15 @@ class UlyssesAttention(nn.Module):
 
     def pack(self, q: Float[Tensor, "t h d"], k: Float[Tensor, "t g d"], v: Float[Tensor, "t g d"]) -> Tensor:
         """Lay separate projections out as `steps` takes them: [T, C] in the order of `HeadMap.storage`."""
-        shard = self.heads.q_shard(self.rank // self.heads.sp), self.heads.kv_shard(self.rank // self.heads.sp)
-        kv = torch.stack([k, v], dim=2)
-        parts = [
-            (q if segment.kind == "q" else kv)[:, segment.heads.start - first : segment.heads.stop - first].flatten(1)
-            for segment in self.heads.storage(self.rank // self.heads.sp)
-            for first in (shard[segment.kind == "kv"].start,)
-        ]
+        tp_rank = self.rank // self.heads.sp
+        stored = {
+            "q": (self.heads.q_shard(tp_rank).start, q),
+            "kv": (self.heads.kv_shard(tp_rank).start, rearrange([k, v], "two t g d -> t g (two d)")),
+        }
+        parts = []
+        for kind, heads in self.heads.storage(tp_rank):
+            first, rows = stored[kind]
+            parts.append(rearrange(rows[:, heads.start - first : heads.stop - first], "t h d -> t (h d)"))
         return torch.cat(parts, dim=1)
 
     def steps(
@@ -216,10 +218,10 @@ class UlyssesAttention(nn.Module):
 
     def _split(self, mine: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[T, (q | k0 v0 k1 v1 ...) * D] to views q[T, H, D], k[T, G, D], v[T, G, D]."""
-        queries = self.num_heads * self.head_dim
-        q = rearrange(mine[:, :queries], "t (h d) -> t h d", d=self.head_dim)
-        pairs = rearrange(mine[:, queries:], "t (g two d) -> t g two d", two=2, d=self.head_dim)
-        return q, pairs[:, :, 0], pairs[:, :, 1]
+        tokens, queries = len(mine), self.num_heads * self.head_dim
+        q = mine[:, :queries].view(tokens, self.num_heads, self.head_dim)
+        k, v = mine[:, queries:].view(tokens, self.num_kv_heads, 2, self.head_dim).unbind(2)
+        return q, k, v
 
     @staticmethod
     def _prepare(norm: nn.Module | None, x: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
