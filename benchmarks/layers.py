@@ -7,7 +7,7 @@ an empty cache. Peers run Hugging Face's own layer with its DynamicCache, sharde
 model makes once per step and not once per layer, are made outside the timed call.
 
 Ulysses attention: q, k, v of T tokens sharded over 2 sequence ranks, causal, against DeepSpeed's DistributedAttention
-and yunchang's UlyssesAttention, with the same fused attention kernel of PyTorch inside all of them.
+and yunchang's UlyssesAttention. The peers call PyTorch's fused attention; ours is built on the same operator.
 
 `make peers` installs what is compared with; a peer that does not run is listed with its error.
 """
