@@ -179,7 +179,7 @@ def broadcast_async(x: Tensor, *, src: int, group: ProcessGroup, label: str = ""
     """Launch the copy of rank `src`'s `x` to all ranks.
 
     In:    x; on other ranks than `src` only its shape and dtype matter.
-    Out:   the value at `src`, replicated; a new tensor on every rank.
+    Out:   the value at `src`, replicated; a new tensor on every rank of a group of several.
     Comm:  `src` sends p-1 times; counted there.
 
     Raises:
