@@ -1,4 +1,4 @@
-"""Every Python block of the documentation runs, on the number of ranks that its page names."""
+"""Every Python block of the README and the documentation runs, on the number of ranks that its page names."""
 
 from __future__ import annotations
 
@@ -12,7 +12,11 @@ from tests.ranks import run_ranks
 ROOT = Path(__file__).parent.parent
 RANKS = re.compile(r"<!-- ranks: (\d+) -->")
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
-PAGES = sorted(page.relative_to(ROOT).as_posix() for page in ROOT.glob("docs/*.md") if BLOCK.search(page.read_text()))
+PAGES = sorted(
+    page.relative_to(ROOT).as_posix()
+    for page in (ROOT / "README.md", *ROOT.glob("docs/*.md"))
+    if BLOCK.search(page.read_text())
+)
 
 
 def run_page(rank: int, p: int, page: str) -> int:

@@ -208,9 +208,10 @@ def refuses(mesh: comm.DeviceMesh, options: dict[str, Any], message: str) -> Non
     model = tiny_model("llama")
     hf.parallelize(model, mesh)
     mine = options if comm.groups(mesh).flat.rank() == 1 else {}
-    with pytest.raises(ValueError) as error:
+    with comm.record() as sent, pytest.raises(ValueError) as error:
         model.generate(prompts(1, 4), max_new_tokens=2, pad_token_id=0, **mine)
     assert message in str(error.value), str(error.value)
+    assert sent.by_label().keys() == {"agree"}, sent.table()
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -223,10 +224,10 @@ def refuses_other_arguments(mesh: comm.DeviceMesh, what: str) -> None:
     hf.parallelize(model, mesh)
     rank = comm.groups(mesh).flat.rank()
     options = {"tokens": {"input_ids": prompts(1, 4, seed=rank)}, "length": {"max_new_tokens": 2 + rank}}[what]
-    with pytest.raises(
-        ValueError, match="arguments of `generate` must be the same on every rank, got another than rank 0's on rank 1"
-    ):
+    message = "arguments of `generate` must be the same on every rank, got another than rank 0's on rank 1"
+    with comm.record() as sent, pytest.raises(ValueError, match=message):
         model.generate(**{"input_ids": prompts(1, 4), "max_new_tokens": 2, "pad_token_id": 0, **options})
+    assert sent.by_label().keys() == {"agree", "check_same"}, sent.table()
 
 
 @pytest.mark.parametrize("what", ["tokens", "length"])

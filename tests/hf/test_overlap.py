@@ -92,8 +92,10 @@ def refusals(mesh: comm.DeviceMesh) -> None:
         parallelize(model, mesh, overlap="auto")
     with parallelize(model, mesh, overlap=Interleave(2, min_tokens=4)), torch.no_grad():
         hook = model.model.layers[1].mlp.down_proj.register_forward_hook(lambda *_: None)
-        with pytest.raises(ValueError, match=r'`overlap` must be "off".*on `layers.1.mlp.down_proj`; remove them'):
+        refused = pytest.raises(ValueError, match=r'`overlap` must be "off".*on `layers.1.mlp.down_proj`; remove them')
+        with comm.record() as sent, refused:
             model(ids)
+        assert not sent.counts, sent.table()
         hook.remove()
         model(ids)
     late = parallelize(model, mesh, overlap=Interleave(cuts=(12,), min_tokens=4))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import inspect
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -49,6 +52,53 @@ def undoes(mesh: comm.DeviceMesh, kind: str) -> None:
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
 def test_undo_restores_the_model(kind: str, layout: tuple[int, int]) -> None:
     run_mesh(layout, undoes, kind)
+
+
+def is_freed(mesh: comm.DeviceMesh, how: str) -> None:
+    """With the last reference to the model go its weights, sharded and whole, without the garbage collector."""
+    model = hf.load("examples/tiny-llama", mesh) if how == "load" else tiny_model(how)
+    kept = [weakref.ref(model), weakref.ref(next(model.parameters()))]
+    parallel = model.seqpar if how == "load" else hf.parallelize(model, mesh)
+    kept += [weakref.ref(model.lm_head), weakref.ref(next(model.model.layers[0].parameters()))]
+    generate(model, input_ids=prompts(1, 4))
+    if how != "load":
+        model(prompts(1, 4), labels=prompts(1, 4)).loss.backward()
+    gc.collect()  # what the forwards left behind
+    gc.disable()
+    try:
+        del model
+        assert kept[0]() is None
+        with pytest.raises(ValueError, match="`model` must be kept in a variable while it is parallelized"):
+            parallel.sync_gradients()
+        del parallel  # held the modules for `undo`
+        assert not any(each() is not None for each in kept)
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("how", ["load", "llama", "qwen2"])
+def test_a_dropped_model_frees_its_weights_at_once(how: str) -> None:
+    run_mesh((1, 2), is_freed, how)
+
+
+def keeps(mesh: comm.DeviceMesh) -> None:
+    """A `with` block keeps the model; methods look as before, and know when their model is gone."""
+    model = tiny_model("llama")
+    plain = inspect.signature(model.generate), inspect.signature(model.save_pretrained)
+    with hf.parallelize(model, mesh) as parallel:
+        assert (inspect.signature(model.generate), inspect.signature(model.save_pretrained)) == plain
+        method, kept = model.generate, weakref.ref(model)
+        del model
+        generate(parallel.model, input_ids=prompts(1, 4))
+        gc.collect()
+        assert kept() is parallel.model
+    assert kept() is None
+    with pytest.raises(ValueError, match="`generate` must be called on a model that is kept in a variable"):
+        method(prompts(1, 4))
+
+
+def test_a_with_block_keeps_the_model() -> None:
+    run_mesh((2, 1), keeps)
 
 
 def saves(mesh: comm.DeviceMesh, path: str, kind: str) -> None:
@@ -142,9 +192,10 @@ def refuses(mesh: comm.DeviceMesh, name: str) -> None:
     model = tiny_model("qwen3")
     if comm.groups(mesh).flat.rank() == 1:
         change(model)
-    with pytest.raises(ValueError) as error:
+    with comm.record() as sent, pytest.raises(ValueError) as error:
         hf.parallelize(model, mesh)
     assert message in str(error.value), str(error.value)
+    assert sent.by_label().keys() == {"agree"}, sent.table()
     assert not hasattr(model, "seqpar") and type(model.model).__name__ == "Qwen3Model"
 
 

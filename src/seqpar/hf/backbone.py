@@ -145,6 +145,8 @@ class ParallelBackbone(nn.Module):
         self._check_options(kwargs)
         plan = self._plan(input_ids, inputs_embeds, attention_mask, position_ids, past_key_values, use_cache)
         tokens = plan.padding.pack(inputs_embeds if input_ids is None else input_ids)  # type: ignore[arg-type]
+        everything = plan.padding.all_rows(tokens.device)
+        selection = plan.padding.select(keep, tokens.device) if wanted is None else everything
         cos, sin = self._rope(plan)
         chunks = _chunks(plan.batch, plan.cuts)
         outputs = yield from comm.interleave_steps(
@@ -153,8 +155,6 @@ class ParallelBackbone(nn.Module):
                 for rows, part in chunks
             ]
         )
-        everything = plan.padding.all_rows(tokens.device)
-        selection = plan.padding.select(keep, tokens.device) if wanted is None else everything
         last = selection.unpack((yield from self._collect_steps([x for x, _ in outputs], selection.rows, chunks)))
         states: list[Any] = [None] * (len(self.layers) + 1)
         for index in outputs[0][1]:
@@ -262,6 +262,12 @@ class ParallelBackbone(nn.Module):
             past_key_values = ParallelCache()
         store = None if past_key_values is None else store_of(past_key_values, len(self.layers))
         seen, history = (0, None) if store is None else (store.seen, store.history)
+        gradients = self._wants_gradients(inputs_embeds)
+        if gradients and seen:
+            raise ValueError(
+                f"`past_key_values` must be empty where gradients are wanted, got {seen} cached columns; "
+                "use torch.no_grad()"
+            )
         padding = Padding.plan(shape, attention_mask, seen, history)
         if padding.mask is not None or history is not None:
             check_windows(self.windows, attention_mask.cpu().bool())
@@ -269,22 +275,23 @@ class ParallelBackbone(nn.Module):
         if store is None and position_ids is not None and attention_mask is None:
             padding = Padding.packed(shape, places.expand(shape))
         positions = padding.pack(places.expand(shape))
-        cuts = self._cuts(padding, inputs_embeds)
+        cuts = () if gradients else self._cuts(padding)  # gradients do not flow through a cache
         if store is None and not cuts:
             batch = RaggedBatch.build(padding.q_lens, padding.q_lens, positions=positions, device=device)
             return _Plan(padding, batch, places)
-        store = (
-            CacheStore() if store is None else store
-        )  # chunks see each other's keys in a cache, if only for one step
+        # Chunks see each other's keys in a cache, if only for one step.
+        store = CacheStore() if store is None else store
         kv, batch = store.begin(padding, positions, self.cache_spec())
         return _Plan(padding, batch, places, store, kv, past_key_values, cuts)
 
-    def _cuts(self, padding: Padding, inputs_embeds: Tensor | None) -> tuple[int, ...]:
-        """Where this step is cut: nowhere where gradients are wanted, which do not flow through a cache."""
-        if self.overlap is None or len(padding.q_lens) != padding.shape[0]:
-            return ()
+    def _wants_gradients(self, inputs_embeds: Tensor | None) -> bool:
+        """Whether a `backward` may follow; it could not reach the tokens of earlier steps."""
         inputs = () if inputs_embeds is None else (inputs_embeds,)
-        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*inputs, *self.parameters())):
+        return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*inputs, *self.parameters()))
+
+    def _cuts(self, padding: Padding) -> tuple[int, ...]:
+        """Where a step without gradients is cut; rows that hold several sequences each are not."""
+        if self.overlap is None or len(padding.q_lens) != padding.shape[0]:
             return ()
         cuts = self.overlap.cuts_of(padding.num_tokens)
         whole = next(called_whole(self.layers, "layers"), None) if cuts else None

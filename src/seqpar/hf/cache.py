@@ -91,7 +91,7 @@ class CacheStore:
 
     def select(self, indices: Sequence[int]) -> None:
         """Let request i hold what request `indices[i]` held."""
-        if self.kv is None or list(indices) == list(range(len(self.lengths))):
+        if self.kv is None or not self.lengths or list(indices) == list(range(len(self.lengths))):
             return
         pages = len(indices) * max(len(self.kv.pages(request)) for request in self.kv.ids)
         if self.num_pages is None and pages > self.kv.num_pages:
@@ -101,14 +101,17 @@ class CacheStore:
             self.kv.free(request)
         self.lengths = [self.lengths[i] for i in indices]
         if self.history is not None:
-            self.history = self.history[list(indices)]
+            self.history = _with_padding(self.history[list(indices)])
 
     def crop(self, columns: int) -> None:
         """Forget the last `columns` columns."""
         keep = max(self.seen - columns, 0)
+        if keep == 0:
+            return self.reset()
         if self.history is not None:
             self.history = self.history[:, :keep]
             self.lengths = self.history.sum(1).tolist()
+            self.history = _with_padding(self.history)
         else:
             self.lengths = [keep] * len(self.lengths)
         for request, length in enumerate(self.lengths):
@@ -145,6 +148,11 @@ class CacheStore:
             if page_size > self.kv.page_size or len(lengths) > self.kv.num_pages:
                 self.kv.grow(num_pages=max(len(lengths), self.kv.num_pages), page_size=page_size)
         return self.kv
+
+
+def _with_padding(history: Bool[Tensor, "b seen"]) -> Bool[Tensor, "b seen"] | None:
+    """The history, or None once all of it are tokens: then a step needs no mask."""
+    return None if history.all() else history
 
 
 class _Layer(CacheLayerMixin):  # type: ignore[no-untyped-call]
@@ -191,7 +199,7 @@ class _Layer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             self.store.select(beam_idx.tolist())
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        if self.index == 0:
+        if self.index == 0 and self.store.lengths:
             chosen = torch.arange(len(self.store.lengths))[indices.cpu()]
             self.store.select(chosen.tolist())
 

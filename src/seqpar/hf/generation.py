@@ -6,7 +6,6 @@ import functools
 import inspect
 import json
 from collections.abc import Callable, Mapping
-from types import MethodType
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from transformers import GenerationConfig, MaxTimeCriteria
 from seqpar import comm
 from seqpar.comm import Groups
 from seqpar.hf.agreed import agreed, check_same
+from seqpar.hf.methods import method_of
 
 __all__ = ["parallel_generate"]
 
@@ -38,7 +38,7 @@ def parallel_generate(model: Any, groups: Groups) -> Callable[..., Any]:
         _share_random_state(model.device, groups)
         return plain(model, *args, **kwargs)
 
-    return MethodType(generate, model)
+    return method_of(model, generate)
 
 
 def _check_call(model: Any, call: Mapping[str, Any]) -> bytes:

@@ -7,9 +7,10 @@ namespaces, and other models of the same class are not affected.
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable
-from types import MethodType, TracebackType
-from typing import Any, Literal, NamedTuple, cast
+from types import TracebackType
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from seqpar.hf.agreed import agreed, check_same
 from seqpar.hf.backbone import KEEP, LMHead, ParallelBackbone
 from seqpar.hf.cache import CacheSpec
 from seqpar.hf.generation import parallel_generate
+from seqpar.hf.methods import method_of
 from seqpar.hf.models import check_model, sliding_windows
 from seqpar.layers import (
     ParallelDecoderLayer,
@@ -55,8 +57,10 @@ class LoadReport(NamedTuple):
 class Parallelized:
     """A model whose stack and head are parallel, until `undo`; as a context manager it undoes itself.
 
+    The model holds this object as `model.seqpar`. The reference back is weak, so that a model that is dropped frees its
+    weights at once; inside of a `with` block it is kept.
+
     Attributes:
-        model: the Transformers model, which also holds this object as `model.seqpar`.
         groups: the ranks.
         report: what loading cost; None where the model had its weights already.
     """
@@ -64,17 +68,31 @@ class Parallelized:
     def __init__(
         self, model: PreTrainedModel, groups: Groups, backbone: ParallelBackbone, head: ParallelLMHead
     ) -> None:
-        self.model = cast(Any, model)
+        self._model = weakref.ref(model)
+        self._kept: PreTrainedModel | None = None
         self.groups = groups
         self.report: LoadReport | None = None
         self._original: tuple[Any, Any] | None = (model.model, model.lm_head)
-        self.model.model, self.model.lm_head = backbone, head
+        swapped = self.model
+        swapped.model, swapped.lm_head = backbone, head
         model.train(model.training)
         name_modules(model)
         self._hook = model.register_forward_pre_hook(_hand_down, with_kwargs=True)
-        self.model.generate = parallel_generate(model, groups)
-        self.model.save_pretrained = _parallel_save(self)
-        self.model.seqpar = self
+        swapped.generate = parallel_generate(model, groups)
+        swapped.save_pretrained = _parallel_save(self)
+        swapped.seqpar = self
+
+    @property
+    def model(self) -> Any:
+        """The Transformers model.
+
+        Raises:
+            ValueError: it has been dropped.
+        """
+        model = self._model()
+        if model is None:
+            raise ValueError("`model` must be kept in a variable while it is parallelized, got one that was dropped")
+        return model
 
     def undo(self) -> None:
         """Put the modules, methods and weights back that the model had; weights trained since stay behind.
@@ -84,15 +102,16 @@ class Parallelized:
         """
         if self._original is None:
             return
+        model = self.model
         if any(param.is_meta for module in self._original for param in module.parameters()):
             raise ValueError(
                 "`undo` must be called on a model that had its weights, got one read by slices; load it again"
             )
-        self.model.model, self.model.lm_head = self._original
-        self.model.train(self.model.training)
+        model.model, model.lm_head = self._original
+        model.train(model.training)
         self._original = None
         self._hook.remove()
-        del self.model.generate, self.model.save_pretrained, self.model.seqpar
+        del model.generate, model.save_pretrained, model.seqpar
 
     def sync_gradients(self) -> None:
         """After `backward`, sum the gradients that are partial; see `seqpar.layers.sync_gradients`."""
@@ -117,12 +136,16 @@ class Parallelized:
         return 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * spec.dtype.itemsize
 
     def __enter__(self) -> Parallelized:
+        self._kept = self.model
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.undo()
+        try:
+            self.undo()
+        finally:
+            self._kept = None
 
 
 def parallelize(
@@ -135,7 +158,8 @@ def parallelize(
     """Swap the stack and the head of a model for parallel ones, in place.
 
     Every rank passes the same model, whole. The parallel modules hold copies of their slices; the original modules are
-    kept for `undo`. Where memory does not allow that, `load` reads the slices alone.
+    kept for `undo`. Where memory does not allow that, `load` reads the slices alone. What is returned does not keep the
+    model alive outside of a `with` block: hold on to the model.
 
     Args:
         model: a Llama, Mistral, Qwen2 or Qwen3 causal LM of Transformers.
@@ -258,4 +282,4 @@ def _parallel_save(parallel: Parallelized) -> Callable[..., None]:
             if parallel.groups.flat.rank() == 0:
                 plain(model, save_directory, state_dict=state, **kwargs)
 
-    return MethodType(save_pretrained, parallel.model)
+    return method_of(parallel.model, save_pretrained)
