@@ -7,7 +7,7 @@ import torch
 
 from seqpar import comm
 from seqpar.comm import handle as handles
-from seqpar.comm.stream import CPU_STREAM, current_stream, hold_for, use_stream, wait_stream
+from seqpar.comm.stream import CPU_STREAM, current_stream, hold_for, use_stream
 from tests.ranks import run_mesh
 
 
@@ -120,7 +120,6 @@ def test_on_a_cpu_streams_are_one_and_everything_is_a_no_op():
     assert stream is CPU_STREAM
     assert repr(stream) == "CPUStream()"
     with use_stream(stream):
-        wait_stream(stream, stream)
         hold_for(stream, [torch.ones(1)])
 
 

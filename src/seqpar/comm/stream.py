@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-__all__ = ["CPU_STREAM", "CPUStream", "Stream", "current_stream", "hold_for", "use_stream", "wait_stream"]
+__all__ = ["CPU_STREAM", "CPUStream", "Stream", "current_stream", "hold_for", "use_stream"]
 
 
 class CPUStream:
@@ -35,12 +35,6 @@ def current_stream(device: torch.device) -> Stream:
 def use_stream(stream: Stream) -> AbstractContextManager[object]:
     """A context in which `stream` is the current one."""
     return nullcontext() if isinstance(stream, CPUStream) else torch.cuda.stream(stream)
-
-
-def wait_stream(waiter: Stream, signaller: Stream) -> None:
-    """Order all later work of `waiter` after all present work of `signaller`."""
-    if not isinstance(waiter, CPUStream) and not isinstance(signaller, CPUStream):
-        waiter.wait_stream(signaller)
 
 
 def hold_for(stream: Stream, tensors: Iterable[Tensor]) -> None:
