@@ -23,11 +23,13 @@ from seqpar.layers.linear import (
 )
 from seqpar.layers.mlp import ParallelMLP
 from seqpar.layers.norm import RMSNorm
+from seqpar.layers.overlap import OverlappedMLP
 from seqpar.layers.ulysses import UlyssesAttention
 
 __all__ = [
     "ColumnParallelLinear",
     "GateUpParallelLinear",
+    "OverlappedMLP",
     "ParallelAttention",
     "ParallelDecoderLayer",
     "ParallelLMHead",
