@@ -326,8 +326,10 @@ def real_ends(mesh: comm.DeviceMesh) -> None:
         if group.rank() == 1:
             time.sleep(0.05)
         handle = comm.all_reduce_async(torch.ones(3), group=group, label="sum")
-        if group.rank() == 0:
-            time.sleep(0.25)
+        until = time.monotonic() + 20
+        while group.rank() == 0 and not handle.done() and time.monotonic() < until:
+            time.sleep(0.01)
+        time.sleep(0.1)  # let the backend's thread say so
         handle.wait()
     (found,) = [i for i in t.intervals if i.kind == "comm"]
     (wait,) = [i for i in t.intervals if i.kind == "wait"]
