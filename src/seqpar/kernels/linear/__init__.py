@@ -43,7 +43,7 @@ def linear(
 
 
 def linear_backend(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Literal["torch", "onednn"]:
-    """The backend that `backend="auto"` stands for: oneDNN for float32 inference on CPUs that MKL is slow on."""
-    if x.is_cpu and onednn.preferred(weight) and onednn.takes(x, weight, bias) and not torch.compiler.is_compiling():
+    """The backend that `backend="auto"` stands for: oneDNN for float32 inference where MKL is slow."""
+    if x.is_cpu and onednn.preferred(len(x), weight) and onednn.takes(x, weight, bias) and not torch.compiler.is_compiling():
         return "onednn"
     return "torch"
