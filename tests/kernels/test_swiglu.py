@@ -46,6 +46,17 @@ def test_values_are_those_of_the_formula(backend: str, dtype: torch.dtype) -> No
     torch.testing.assert_close(got.double(), want, rtol=4 * torch.finfo(dtype).eps, atol=torch.finfo(dtype).tiny)
 
 
+@pytest.mark.parametrize("blocks", [[5], [3, 2]])
+def test_a_consumed_projection_gives_the_same_values(blocks: list[int]) -> None:
+    gate_up = torch.randn(4, 10)
+    want = swiglu(gate_up.clone(), blocks)
+    assert torch.equal(swiglu(gate_up, blocks, consume=True), want)
+    trained = torch.randn(4, 10, requires_grad=True)
+    kept = trained.detach().clone()
+    swiglu(trained, blocks, consume=True).sum().backward()
+    assert torch.equal(trained, kept)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_gradients(backend: str) -> None:
     x = torch.randn(3, 14, dtype=torch.float64, requires_grad=True)

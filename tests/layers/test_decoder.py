@@ -245,6 +245,23 @@ def hooked(mesh: comm.DeviceMesh) -> None:
     assert fired == ["self_attn", "down_proj"]
 
 
+def kept_by_a_hook(mesh: comm.DeviceMesh) -> None:
+    """What a hook saw of the gate and up projection is not overwritten by the activation."""
+    case = Case(8, 2)
+    layer = parallel(case, mesh, reference(case))
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    layer.mlp.gate_up_proj.register_forward_hook(lambda _, args, out: seen.append((args[0], out)))
+    x, batch, cos, sin = inputs(case)
+    with torch.no_grad():
+        layer(x[my_tokens(case, comm.groups(mesh), len(x))], batch, cos, sin)
+    ((x, out),) = seen
+    assert torch.equal(out, torch.nn.functional.linear(x, layer.mlp.gate_up_proj.weight))
+
+
+def test_a_hook_may_keep_what_it_saw() -> None:
+    run_mesh((2, 1), kept_by_a_hook)
+
+
 @pytest.mark.parametrize("layout", [(2, 1), (1, 2), (2, 2)], ids=name_of)
 def test_hooks_fire_and_change_nothing(layout: tuple[int, int]) -> None:
     run_mesh(layout, hooked)

@@ -114,7 +114,7 @@ class ParallelMLP(nn.Module):
             x, group=group, sequence_sharded=self.sequence_sharded, num_tokens=num_tokens, label=self.label
         )
         gate_up = yield from comm.call(self.gate_up_proj, x, **options)
-        hidden = swiglu(gate_up, blocks)
+        hidden = swiglu(gate_up, blocks, consume=comm.splits(self.gate_up_proj))  # else a hook may have kept it
         out: Tensor = yield from comm.call(self.down_proj, hidden, **options)
         return out
 

@@ -60,7 +60,7 @@ def linear(
     x: Float[Tensor, "t m"], weight: Float[Tensor, "f m"], bias: Float[Tensor, " f"] | None = None
 ) -> Float[Tensor, "t f"]:
     """`torch.nn.functional.linear`, equal to it up to rounding."""
-    tokens = len(x)
+    tokens, x = len(x), x.contiguous()
     if bias is not None or tokens not in _pays().swapped or weight.shape[0] % TILE:
         out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
         return out

@@ -14,13 +14,19 @@ __all__ = ["swiglu"]
 
 
 def swiglu(
-    gate_up: Float[Tensor, "t c"], blocks: Sequence[int], *, backend: Backend = "auto"
+    gate_up: Float[Tensor, "t c"], blocks: Sequence[int], *, consume: bool = False, backend: Backend = "auto"
 ) -> Float[Tensor, "t c//2"]:
     """silu(gate) * up, the activation of a gated MLP.
 
     In:    gate_up[T, 2 * sum(blocks)], columns gate0 | up0 | gate1 | up1 ..., sub-block i `blocks[i]` wide.
     Out:   [T, sum(blocks)], columns in the order of the sub-blocks.
     Grad:  to gate_up.
+
+    Args:
+        gate_up: the packed projection.
+        blocks: widths of the sub-blocks.
+        consume: gate_up may be overwritten, and the result may be a view of it, where no gradient is wanted.
+        backend: which implementation.
 
     Raises:
         ValueError: the columns are not two of each sub-block.
@@ -33,7 +39,7 @@ def swiglu(
     if backend == "auto":
         backend = choose_backend("swiglu", gate_up.device, gate_up.dtype)
     if backend == "torch":
-        return pytorch.swiglu(gate_up, blocks)
+        return pytorch.swiglu(gate_up, blocks, consume=consume)
     if backend == "reference":
         return reference.swiglu(gate_up, blocks)
     raise unknown_backend(backend)
