@@ -44,6 +44,11 @@ def linear(
 
 def linear_backend(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Literal["torch", "onednn"]:
     """The backend that `backend="auto"` stands for: oneDNN for float32 inference where MKL is slow."""
-    if x.is_cpu and onednn.preferred(len(x), weight) and onednn.takes(x, weight, bias) and not torch.compiler.is_compiling():
+    if (
+        x.is_cpu
+        and onednn.preferred(len(x), weight)
+        and onednn.takes(x, weight, bias)
+        and not torch.compiler.is_compiling()
+    ):
         return "onednn"
     return "torch"

@@ -20,9 +20,7 @@ from seqpar.kernels.swiglu import reference
 __all__ = ["swiglu"]
 
 
-def swiglu(
-    gate_up: Float[Tensor, "t c"], blocks: Sequence[int], *, consume: bool = False
-) -> Float[Tensor, "t c//2"]:
+def swiglu(gate_up: Float[Tensor, "t c"], blocks: Sequence[int], *, consume: bool = False) -> Float[Tensor, "t c//2"]:
     """`seqpar.kernels.swiglu.reference`; with gradients, that itself."""
     if wants_grad(gate_up):
         return reference.swiglu(gate_up, blocks)
