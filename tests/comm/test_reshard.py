@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from seqpar import comm
 from seqpar.comm.reshard import Reshard
+from seqpar.kernels import quantize
 from seqpar.partition import HeadMap, Range, even_split
 from tests.ranks import run_mesh
 
@@ -111,6 +112,40 @@ def round_trip(mesh, heads, kv_heads, total):
 def test_layout(p, heads):
     for total in (13, 2 * p, 1):
         run_mesh((1, p), round_trip, *heads, total)
+
+
+def in_wire_format(mesh, heads, kv_heads, wire):
+    group = comm.groups(mesh).sp
+    p, rank = group.size(), group.rank()
+    columns, tokens = qkv(heads, kv_heads, p, 3), even_split(13, p)
+    width = HeadMap(heads, kv_heads, 1, p).width(0) * 3
+    whole = torch.randn(13, width, generator=torch.Generator().manual_seed(1))
+    options = {"tokens": tokens, "group": group, "wire": wire, "head_dim": 3}
+
+    def rounded(x):
+        return quantize.decode(quantize.encode(x.reshape(-1, 3), wire), 3, x.dtype, wire).view(x.shape)
+
+    x = whole.split(tokens)[rank].requires_grad_()
+    with comm.record() as counts:
+        out = comm.seq_to_heads(x, columns=columns, **options)
+    expected = torch.cat([rounded(whole)[:, r.start : r.stop] for r in columns[rank]], 1)
+    torch.testing.assert_close(out, expected, atol=0, rtol=0)
+    if p > 1:
+        others = sum(r.size for i, ranges in enumerate(columns) if i != rank for r in ranges)
+        assert counts.total.sent_bytes == tokens[rank] * others // 3 * 7
+        (grad,) = torch.autograd.grad(out.sum(), x)
+        (plain,) = torch.autograd.grad(comm.seq_to_heads(x, columns=columns, tokens=tokens, group=group).sum(), x)
+        assert torch.equal(grad, plain)
+    widths = [n * 3 for n in HeadMap(heads, kv_heads, 1, p).out_widths(0)]
+    whole = whole[:, : heads * 3]
+    back = comm.heads_to_seq(whole.split(widths, 1)[rank], widths=widths, **options)
+    torch.testing.assert_close(back, rounded(whole).split(tokens)[rank] if p > 1 else whole, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("heads", [(12, 2), (7, 1)], ids=lambda h: f"{h[0]}q{h[1]}kv")
+@pytest.mark.parametrize("p", WORLD[1:], ids="p={}".format)
+def test_a_wire_format_rounds_each_head_by_itself_wherever_it_goes(p, heads):
+    run_mesh((1, p), in_wire_format, *heads, "int8")
 
 
 def gradients(mesh, heads, kv_heads):

@@ -13,9 +13,10 @@ Source: DeepSpeed-Ulysses, arXiv:2309.14509; replication in the send buffer: Shi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
+from math import gcd
 
 import torch
 from jaxtyping import Shaped
@@ -24,9 +25,11 @@ from torch.distributed import ProcessGroup
 
 from seqpar.comm.collectives import exchange
 from seqpar.comm.differentiable import _back, _plain, with_adjoint
-from seqpar.comm.handle import describe
+from seqpar.comm.handle import Handle, describe
 from seqpar.comm.record import count
 from seqpar.comm.steps import Steps
+from seqpar.comm.wire import RowCode
+from seqpar.kernels.quantize import Wire
 from seqpar.partition import Range
 
 __all__ = ["heads_to_seq", "heads_to_seq_steps", "seq_to_heads", "seq_to_heads_steps"]
@@ -91,6 +94,18 @@ class Reshard:
                 at += r.size
         return x.to(flat.dtype)
 
+    def unit(self, head_dim: int | None) -> int:
+        """Columns that a wire format encodes as one row: a head's, or as many as divide every rank's columns.
+
+        Raises:
+            ValueError: the ranks' columns are not whole heads.
+        """
+        if head_dim is None:
+            return gcd(*self.widths) or 1
+        if head_dim < 1 or any(width % head_dim for width in self.widths):
+            raise ValueError(f"`head_dim` must divide the columns of every rank ({self.widths}), got {head_dim}")
+        return head_dim
+
     def _blocks(self, flat: Tensor, rows: int) -> list[Tensor]:
         parts = flat.split([rows * width for width in self.widths])
         return [part.view(rows, width) for part, width in zip(parts, self.widths, strict=True)]
@@ -118,22 +133,27 @@ def seq_to_heads_steps(
     tokens: Sequence[int],
     group: ProcessGroup,
     label: str = "",
+    wire: Wire | None = None,
+    head_dim: int | None = None,
 ) -> Steps[Tensor]:
     """Reshard a token-sharded matrix by columns (heads), in one all-to-all.
 
     In:    x[T_r, C]; rank order is sequence order; rank r holds `tokens[r]` rows.
     Out:   [T, c]; the column ranges `columns[rank]` of all rows, one after another.
-    Grad:  sharded as the output; sent back, summed over the ranks that share columns.
-    Comm:  each rank sends T_r * (sum of the others' widths) elements.
+    Grad:  sharded as the output; sent back as it is, summed over the ranks that share columns.
+    Comm:  each rank sends T_r * (sum of the others' widths) elements; a `wire` format encodes each head of `head_dim`
+        columns by itself, so that no scale serves two, and gives every rank's part, its own too, back rounded.
 
     Raises:
-        ValueError: `columns`, `tokens` or `x` do not fit.
+        ValueError: `columns`, `tokens` or `x` do not fit; heads that do not fit the columns; a wire format that is
+            none, or that the dtype cannot take.
 
     Source: DeepSpeed-Ulysses, arXiv:2309.14509.
     """
     plan = _plan(tuple(map(tuple, columns)), tuple(tokens), x.shape[1])
     _check(plan, x, plan.tokens[group.rank()], plan.width, group)
-    return (yield from _to_heads_steps(x, plan=plan, group=group, label=label))
+    code = _code(plan, x, wire, head_dim)
+    return (yield from _to_heads_steps(x, plan=plan, group=group, label=label, code=code))
 
 
 def heads_to_seq_steps(
@@ -143,50 +163,97 @@ def heads_to_seq_steps(
     tokens: Sequence[int],
     group: ProcessGroup,
     label: str = "",
+    wire: Wire | None = None,
+    head_dim: int | None = None,
 ) -> Steps[Tensor]:
     """Reshard a column-sharded (head-sharded) matrix by tokens, in one all-to-all.
 
     In:    x[T, c]; rank r holds `widths[r]` columns.
     Out:   [T_r, C]; all columns in rank order of `tokens[rank]` rows; rank order is sequence order.
     Grad:  `seq_to_heads` of the output gradient.
-    Comm:  each rank sends (T - T_r) * c elements.
+    Comm:  each rank sends (T - T_r) * c elements; `wire` as in `seq_to_heads`.
 
     Raises:
-        ValueError: `widths`, `tokens` or `x` do not fit.
+        ValueError: `widths`, `tokens` or `x` do not fit; heads that do not fit the columns; a wire format that is
+            none, or that the dtype cannot take.
 
     Source: DeepSpeed-Ulysses, arXiv:2309.14509.
     """
     plan = _tiling(tuple(widths), tuple(tokens))
     _check(plan, x, sum(plan.tokens), plan.widths[group.rank()], group)
-    return (yield from _to_seq_steps(x, plan=plan, group=group, label=label))
+    code = _code(plan, x, wire, head_dim)
+    return (yield from _to_seq_steps(x, plan=plan, group=group, label=label, code=code))
 
 
-def _to_heads_steps(x: Tensor, *, plan: Reshard, group: ProcessGroup, label: str) -> Steps[Tensor]:
+def _to_heads_steps(
+    x: Tensor, *, plan: Reshard, group: ProcessGroup, label: str, code: RowCode | None = None
+) -> Steps[Tensor]:
     if group.size() == 1:
         return _select(x, plan)
-    rank, wide = group.rank(), x.detach()
-    packed = plan.pack(wide)
-    recv = packed.new_empty(sum(plan.tokens), plan.widths[rank])
-    sizes = plan.wide_sizes(rank)
-    count("all_to_all", label, (packed.numel() - sizes[rank]) * packed.itemsize)
-    result = yield exchange(
-        "all_to_all", label, group, (packed, sizes), (recv.view(-1), plan.tall_sizes(rank)), lambda: recv
+    rank = group.rank()
+    rows, width = sum(plan.tokens), plan.widths[rank]
+    handle = _exchange(
+        plan.pack(x.detach()),
+        plan.wide_sizes(rank),
+        plan.tall_sizes(rank),
+        group,
+        label,
+        code,
+        lambda recv: recv.view(rows, width),
     )
+    result = yield handle
     return with_adjoint(x, result, partial(_to_seq, plan=plan, group=group, label=_back(label)))
 
 
-def _to_seq_steps(x: Tensor, *, plan: Reshard, group: ProcessGroup, label: str) -> Steps[Tensor]:
+def _to_seq_steps(
+    x: Tensor, *, plan: Reshard, group: ProcessGroup, label: str, code: RowCode | None = None
+) -> Steps[Tensor]:
     if group.size() == 1:
         return x
     rank, tall = group.rank(), x.detach().contiguous().view(-1)
     rows = plan.tokens[rank]
-    recv = tall.new_empty(rows * sum(plan.widths))
-    sizes = plan.tall_sizes(rank)
-    count("all_to_all", label, (tall.numel() - sizes[rank]) * tall.itemsize)
-    result = yield exchange(
-        "all_to_all", label, group, (tall, sizes), (recv, plan.wide_sizes(rank)), lambda: plan.unpack(recv, rows)
+    handle = _exchange(
+        tall,
+        plan.tall_sizes(rank),
+        plan.wide_sizes(rank),
+        group,
+        label,
+        code,
+        lambda recv: plan.unpack(recv, rows),
     )
+    result = yield handle
     return with_adjoint(x, result, partial(_to_heads, plan=plan, group=group, label=_back(label)))
+
+
+def _exchange(
+    flat: Tensor,
+    send_sizes: Sequence[int],
+    recv_sizes: Sequence[int],
+    group: ProcessGroup,
+    label: str,
+    code: RowCode | None,
+    finish: Callable[[Tensor], Tensor],
+) -> Handle:
+    """Launch the all-to-all of a flat buffer, encoded where there is a code; `finish` gets what arrives, decoded."""
+    sent = flat if code is None else code.encode(flat)
+    send, received = [
+        list(sizes) if code is None else [code.num_bytes(size) for size in sizes] for sizes in (send_sizes, recv_sizes)
+    ]
+    recv = sent.new_empty(sum(received))
+    count("all_to_all", label, (sent.numel() - send[group.rank()]) * sent.itemsize)
+    return exchange(
+        "all_to_all",
+        label,
+        group,
+        (sent, send),
+        (recv, received),
+        lambda: finish(recv if code is None else code.decode(recv)),
+    )
+
+
+def _code(plan: Reshard, x: Tensor, wire: Wire | None, head_dim: int | None) -> RowCode | None:
+    unit = None if head_dim is None and wire is None else plan.unit(head_dim)
+    return RowCode.of(x, wire, unit)
 
 
 def _select(x: Tensor, plan: Reshard) -> Tensor:

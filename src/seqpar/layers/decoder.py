@@ -68,7 +68,7 @@ class ParallelAttention(nn.Module):
         qkv_proj = QKVParallelLinear.from_linears(
             q_proj, k_proj, v_proj, heads=heads, group=groups.tp, sequence_sharded=sequence_sharded
         )
-        norms: dict[str, nn.Module | None] = {
+        norms: dict[str, Any] = {
             name: RMSNorm.from_module(norm, over_tp=True) if isinstance(norm, nn.Module) else None
             for name, norm in (
                 ("q_norm", getattr(attention, "q_norm", None)),

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from seqpar import comm
 from seqpar.comm import Mark, ProcessGroup, Steps
 from seqpar.kernels import attention, rotary
+from seqpar.kernels.quantize import Wire, check_wire
 from seqpar.kv import PagedKV
 from seqpar.partition import HeadMap, Layout, Range, even_split
 from seqpar.ragged import RaggedBatch
@@ -54,6 +55,7 @@ class UlyssesAttention(nn.Module):
         window: visible keys including the query's own; None for all.
         softmax_scale: factor of the scores; 1/sqrt(D) by default.
         layer_index: which layer of the cache this is.
+        wire: the format in which both all-to-alls send; see `seqpar.kernels.quantize`.
     """
 
     label: str = ""
@@ -70,8 +72,10 @@ class UlyssesAttention(nn.Module):
         window: int | None = None,
         softmax_scale: float | None = None,
         layer_index: int = 0,
+        wire: Wire | None = None,
     ) -> None:
         super().__init__()
+        check_wire(wire)
         if heads.sp != group.size() or not 0 <= tp_rank < heads.tp:
             raise ValueError(
                 f"`heads` must be split over the group's {group.size()} sequence ranks and hold tp rank {tp_rank}, "
@@ -80,6 +84,7 @@ class UlyssesAttention(nn.Module):
         if window is not None and window < 1:
             raise ValueError(f"`window` must be at least 1 key or None, got {window}")
         self.heads, self.head_dim, self.window, self.layer_index = heads, head_dim, window, layer_index
+        self.wire = wire
         self.softmax_scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
         self.q_norm, self.k_norm = q_norm, k_norm
         self.rank = tp_rank * heads.sp + group.rank()
@@ -133,7 +138,13 @@ class UlyssesAttention(nn.Module):
         self._check(qkv, tokens[exchange.group.rank()], exchange)
         self._check_step(qkv, batch, cos, sin, kv)
         mine = yield from comm.seq_to_heads_steps(
-            qkv, columns=exchange.columns, tokens=tokens, group=exchange.group, label=self.label
+            qkv,
+            columns=exchange.columns,
+            tokens=tokens,
+            group=exchange.group,
+            label=self.label,
+            wire=self.wire,
+            head_dim=self.head_dim,
         )
         q, k, v = self._split(mine)
         q, k = self._prepare(self.q_norm, q, cos, sin), self._prepare(self.k_norm, k, cos, sin)
@@ -141,7 +152,13 @@ class UlyssesAttention(nn.Module):
         out = self._attend(q, k, v, batch, kv)
         return (
             yield from comm.heads_to_seq_steps(
-                out.flatten(1), widths=exchange.widths, tokens=tokens, group=exchange.group, label=self.label
+                out.flatten(1),
+                widths=exchange.widths,
+                tokens=tokens,
+                group=exchange.group,
+                label=self.label,
+                wire=self.wire,
+                head_dim=self.head_dim,
             )
         )
 
