@@ -8,7 +8,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from seqpar import comm, hf, kernels, kv, layers, partition, ragged
+    from seqpar import comm, hf, kernels, kv, layers, partition, plan, ragged
     from seqpar.comm import init_mesh
 
     __version__: str
@@ -22,6 +22,7 @@ __all__ = [
     "kv",
     "layers",
     "partition",
+    "plan",
     "ragged",
 ]
 

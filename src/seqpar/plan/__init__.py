@@ -1,0 +1,23 @@
+"""Decide by numbers: what schedules cost, measured or published, and which one to run.
+
+Nothing here changes what a layer computes. A decision comes with its reasons (`explain`) and ends in plain numbers,
+such as the cuts of a prompt, which a layer or `partition.Interleave` takes.
+"""
+
+from seqpar.plan.costs import Curve, LayerCosts, SlotCosts
+from seqpar.plan.overlap import Candidate, OverlapChoice, overlap
+from seqpar.plan.schedule import Schedule, Slot, bound, makespan, repeated_makespan
+
+__all__ = [
+    "Candidate",
+    "Curve",
+    "LayerCosts",
+    "OverlapChoice",
+    "Schedule",
+    "Slot",
+    "SlotCosts",
+    "bound",
+    "makespan",
+    "overlap",
+    "repeated_makespan",
+]
