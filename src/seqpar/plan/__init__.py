@@ -4,6 +4,7 @@ Nothing here changes what a layer computes. A decision comes with its reasons (`
 such as the cuts of a prompt, which a layer or `partition.Interleave` takes.
 """
 
+from seqpar.plan.calibrate import calibrate
 from seqpar.plan.costs import Curve, LayerCosts, SlotCosts
 from seqpar.plan.overlap import Candidate, OverlapChoice, overlap
 from seqpar.plan.schedule import Schedule, Slot, bound, makespan, repeated_makespan
@@ -17,6 +18,7 @@ __all__ = [
     "Slot",
     "SlotCosts",
     "bound",
+    "calibrate",
     "makespan",
     "overlap",
     "repeated_makespan",

@@ -1,0 +1,264 @@
+"""What a layer costs on the ranks at hand, measured in seconds of wall time.
+
+The layers themselves are driven, serially and under a trace, on prompts of a few sizes, and once on a chunk behind a
+cached prefix, which tells apart what grows with tokens and what with keys. A table of kernels timed one by one lost: it
+has to know what a layer launches, and forgets what lies between.
+
+Ranks differ, and a wait of a fast one holds the slowness of another. So a slot's compute is that of the slowest rank,
+and its communication that of the rank which waited least. All ranks work this out from the same gathered numbers, and
+so hold the same costs to the last bit; any decision from them is the same everywhere.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from itertools import groupby, pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from seqpar import comm
+from seqpar.comm import ProcessGroup
+from seqpar.kv import PagedKV
+from seqpar.layers import ParallelAttention, ParallelDecoderLayer, QKVParallelLinear, UlyssesAttention
+from seqpar.partition import Layout, even_split
+from seqpar.plan.costs import Curve, LayerCosts, Prompt, SlotCosts
+
+__all__ = ["calibrate"]
+
+Progress = Callable[[int, int], None]
+Measured = tuple[float, float]
+
+
+class _Probe(NamedTuple):
+    """New tokens, and tokens cached before them."""
+
+    tokens: int
+    prefix: int
+
+
+class _Wait(NamedTuple):
+    """The local work before a wait, and the wait."""
+
+    what: tuple[str, str]
+    compute_s: float
+    comm_s: float
+
+
+def calibrate(
+    layers: Sequence[ParallelDecoderLayer],
+    *,
+    group: ProcessGroup,
+    tokens: Sequence[int] = (256, 512, 1024, 2048),
+    rounds: int = 5,
+    layout: Layout | None = None,
+    progress: Progress | None = None,
+) -> LayerCosts:
+    """Measure what one of these layers costs, alike on every rank.
+
+    Every rank of the layers' mesh calls it with the same arguments. Caches and inputs are its own; on a simulated link
+    in force, that link's times are measured. Medians over the rounds, in which all sizes take turns; means over layers.
+
+    Args:
+        layers: like layers; a few are closer to a whole stack than one whose weights stay in the processor's caches.
+        group: all ranks of the mesh, `groups.flat`.
+        tokens: sizes of prompts to measure, increasing; between and beyond them costs go straight on.
+        rounds: measurements of each, after one that is not counted.
+        layout: one that the layers know; the stored one by default.
+        progress: told how many measurements are done, and of how many.
+
+    Comm:  the layers' own, a gather of one integer before each measurement, and of all results at the end.
+
+    Raises:
+        ValueError: no layers or rounds, sizes that are not increasing, layers of different windows; layers whose
+            collectives differ between sizes and have no names to tell them by (`seqpar.layers.name_modules`).
+    """
+    _check(layers, tokens, rounds)
+    window = _parts(layers[0])[0].window
+    half = min(tokens, key=lambda size: abs(2 * size - tokens[-1]))
+    probes = [*(_Probe(size, 0) for size in tokens), _Probe(half, half)]
+    bench = _Bench(layers, max(tokens[-1], 2 * half), layout)
+    found: list[list[list[_Wait]]] = [[] for _ in probes]
+    simulated = False
+    with torch.no_grad():
+        for turn in range(rounds + 1):
+            for index, probe in enumerate(probes):
+                comm.all_gather(_on_device(torch.zeros(1), group), group=group, label="calibrate")  # a common start
+                waits, on_link = bench.run(probe)
+                simulated |= on_link
+                if turn:
+                    found[index].append(waits)
+                if progress is not None:
+                    progress(turn * len(probes) + index + 1, (rounds + 1) * len(probes))
+    slots = _agreed(_same_slots(found), group)
+    where = f"{group.size()} rank(s) of {bench.x.device.type}{', simulated link' if simulated else ''}"
+    return _fit(probes, slots, window, f"measured on {where}, {tokens[0]} to {tokens[-1]} tokens")
+
+
+class _Bench:
+    """The layers, with inputs and a cache large enough for every probe."""
+
+    def __init__(self, layers: Sequence[ParallelDecoderLayer], most: int, layout: Layout | None) -> None:
+        self.layers, self.layout = layers, layout
+        core, qkv = _parts(layers[0])
+        dtype, device = qkv.weight.dtype, qkv.weight.device
+        self.x = torch.linspace(-1, 1, qkv.in_features, dtype=dtype, device=device).expand(most, -1)
+        self.cos = torch.ones(most, core.head_dim, dtype=dtype, device=device)
+        self.sin = torch.zeros_like(self.cos)
+        indices = [_parts(layer)[0].layer_index for layer in layers]
+        self.kv = PagedKV.contiguous(
+            max(indices) + 1, 1, most, core.num_kv_heads, core.head_dim, dtype=dtype, device=device
+        )
+        for index in indices:
+            for cached in self.kv.layer(index):
+                cached.zero_()  # a prefix that nothing wrote could be slow to compute with
+
+    def run(self, probe: _Probe) -> tuple[list[_Wait], bool]:
+        """The waits of one layer, in the mean over the layers, and whether they were on a simulated link."""
+        if 0 in self.kv.ids:
+            self.kv.free(0)
+        if probe.prefix:
+            self.kv.batch([0], [probe.prefix])
+        batch = self.kv.batch([0], [probe.tokens])
+        cos, sin = self.cos[: probe.tokens], self.sin[: probe.tokens]
+        simulated, each = False, []
+        for layer in self.layers:
+            x = self.x[: self._local(layer, probe.tokens)].contiguous()
+            steps = layer.steps(x, batch, cos, sin, self.kv, layout=self.layout)
+            with comm.trace() as seen:
+                timed = _on_stream(steps) if x.is_cuda else comm.run(steps)
+            simulated |= any(interval.simulated for interval in seen.intervals)
+            each.append(timed if isinstance(timed, list) else _waits(seen))
+        means = [
+            _Wait(same[0].what, statistics.fmean(w.compute_s for w in same), statistics.fmean(w.comm_s for w in same))
+            for same in zip(*each, strict=True)
+        ]
+        return means, simulated
+
+    def _local(self, layer: ParallelDecoderLayer, tokens: int) -> int:
+        """This rank's share of a step's tokens."""
+        place = layer.ranks[self.layout]
+        mine = even_split(tokens, place.layout.sp)[place.sp_rank]
+        return even_split(mine, place.layout.tp)[place.tp_rank] if layer.sequence_sharded else mine
+
+
+def _parts(layer: ParallelDecoderLayer) -> tuple[UlyssesAttention, QKVParallelLinear]:
+    """The parts of a layer that know its sizes."""
+    attention = layer.self_attn
+    assert isinstance(attention, ParallelAttention) and isinstance(attention.qkv_proj, QKVParallelLinear)
+    return attention.core, attention.qkv_proj
+
+
+def _waits(seen: comm.Trace) -> list[_Wait]:
+    """The waits of a serial run, each with the local work before its launch; after the last nothing is waited for.
+
+    From the launch on it is communication: what the host does between the two delays no link.
+    """
+    waits, compute_s = [], 0.0
+    for interval in seen.intervals:
+        if interval.kind == "compute":
+            compute_s += interval.end_s - interval.start_s
+        elif interval.kind == "wait":
+            after = interval.start_s - interval.launched_s
+            comm_s = interval.end_s - interval.launched_s
+            waits.append(_Wait((interval.op, interval.label), max(0.0, compute_s - after), comm_s))
+            compute_s = 0.0
+    return [*waits, _Wait(("", ""), compute_s, 0.0)]
+
+
+def _on_stream(steps: comm.Steps[Tensor]) -> list[_Wait]:
+    """The same by the device's clock, which a trace, that of the host, does not see."""
+    events, names, value = [_event()], [], None
+    try:
+        while True:
+            item = steps.send(value)
+            if isinstance(item, comm.Mark):
+                value = None
+                continue
+            events.append(_event())
+            value = item.wait()
+            events.append(_event())
+            names.append((item.op, item.label))
+    except StopIteration:
+        events.append(_event())
+    torch.cuda.synchronize()
+    spans = [a.elapsed_time(b) * 1e-3 for a, b in pairwise(events)]
+    return [_Wait(*wait) for wait in zip([*names, ("", "")], spans[::2], [*spans[1::2], 0.0], strict=True)]
+
+
+def _event() -> torch.cuda.Event:
+    """Now, on the current stream."""
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _same_slots(found: list[list[list[_Wait]]]) -> list[list[list[_Wait]]]:
+    """The measurements [probe, round, slot] with the same slots in all.
+
+    An all-reduce of one size takes one step, and of another size two: then its steps count as one.
+    """
+    if len({len(waits) for rounds in found for waits in rounds}) > 1:
+        found = [[_joined(waits) for waits in rounds] for rounds in found]
+    if len({len(waits) for rounds in found for waits in rounds}) > 1:
+        raise ValueError(
+            "`layers` must launch the same collectives at every size, or have names to tell them by, got "
+            f"{sorted({len(waits) - 1 for rounds in found for waits in rounds})}; see seqpar.layers.name_modules"
+        )
+    return found
+
+
+def _joined(waits: list[_Wait]) -> list[_Wait]:
+    """The steps of one all-reduce as one."""
+    keys = (wait.what if wait.what[0] == "all_reduce" else index for index, wait in enumerate(waits))
+    runs = [[wait for _, wait in run] for _, run in groupby(zip(keys, waits, strict=True), key=lambda pair: pair[0])]
+    if any(len(run) > 1 and not run[0].what[1] for run in runs):
+        return waits
+    return [_Wait(run[0].what, sum(w.compute_s for w in run), sum(w.comm_s for w in run)) for run in runs]
+
+
+def _agreed(found: list[list[list[_Wait]]], group: ProcessGroup) -> list[list[Measured]]:
+    """Compute and communication of [probe, slot] over all ranks, the same numbers on each."""
+    mine = torch.tensor([[[wait[1:] for wait in waits] for waits in rounds] for rounds in found], dtype=torch.float64)
+    everyone = comm.all_gather(_on_device(mine[None], group), group=group, label="calibrate").cpu()
+    compute = everyone[..., 0].median(dim=2).values.amax(dim=0)
+    waited = everyone[..., 1].amin(dim=0).median(dim=1).values
+    return [list(zip(*both, strict=True)) for both in zip(compute.tolist(), waited.tolist(), strict=True)]
+
+
+def _fit(probes: list[_Probe], slots: list[list[Measured]], window: int | None, source: str) -> LayerCosts:
+    """Costs of every slot from its measurements at every probe, the last of which has a prefix."""
+    *plain, behind = probes
+    without = next(index for index, probe in enumerate(plain) if probe.tokens == behind.tokens)
+    grown = [after[0] - before[0] for before, after in zip(slots[without], slots[-1], strict=True)]
+    attends = max(range(len(grown)), key=grown.__getitem__)
+    pairs = [Prompt(*probe, window).pairs(0, probe.tokens) for probe in probes]
+    more = pairs[-1] - pairs[without]
+    per_pair = max(0.0, grown[attends] / more) if more else 0.0
+
+    def slot(index: int) -> SlotCosts:
+        each = per_pair if index == attends else 0.0
+        measured = [at[index] for at in slots[:-1]]
+        tokens = tuple(probe.tokens for probe in plain)
+        compute = (max(0.0, c - each * n) for (c, _), n in zip(measured, pairs[:-1], strict=True))
+        comms = tuple(x for _, x in measured)
+        return SlotCosts(Curve(tokens, tuple(compute)), Curve(tokens, comms) if any(comms) else None, each)
+
+    return LayerCosts(tuple(map(slot, range(len(grown)))), window=window, source=source)
+
+
+def _on_device(x: Tensor, group: ProcessGroup) -> Tensor:
+    """`x` where the group can send it from."""
+    return x if torch.device("cpu") in group._device_types else x.cuda()
+
+
+def _check(layers: Sequence[ParallelDecoderLayer], tokens: Sequence[int], rounds: int) -> None:
+    if not layers or rounds < 1:
+        raise ValueError(f"`layers` and `rounds` must be at least 1, got {len(layers)} and {rounds}")
+    if not tokens or tokens[0] < 1 or any(a >= b for a, b in pairwise(tokens)):
+        raise ValueError(f"`tokens` must be at least 1 and increasing, got {list(tokens)}")
+    windows = {_parts(layer)[0].window for layer in layers}
+    if len(windows) > 1:
+        raise ValueError(f"`layers` must attend to windows of one size, got {sorted(map(str, windows))}")
