@@ -47,10 +47,10 @@ class FakeWork(dist.Work):
 
 
 class FakeGroup(dist.ProcessGroup):
-    """Rank 0 of two; `future` is that of the next works."""
+    """Rank 0 of two, or of one; `future` is that of the next works."""
 
-    def __init__(self, name: str = "fake") -> None:
-        super().__init__(0, 2)
+    def __init__(self, name: str = "fake", size: int = 2) -> None:
+        super().__init__(0, size)
         self.name = name
         self.future: torch.futures.Future[Any] | None = None
 

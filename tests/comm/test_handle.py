@@ -36,10 +36,15 @@ class Buffer:
         self.log.append(f"{self.name} held for {stream}")
 
 
+class Stack(list):
+    """Streams by name, and which followed which."""
+
+
 @pytest.fixture
 def streams(monkeypatch):
     """Streams by name: the last is current. `Handle` thinks that they are CUDA's."""
-    stack = ["launcher"]
+    stack, ordered = Stack(["launcher"]), []
+    stack.ordered = ordered
 
     @contextmanager
     def use(stream):
@@ -54,10 +59,11 @@ def streams(monkeypatch):
     monkeypatch.setattr(handles, "current_stream", lambda device: stack[-1])
     monkeypatch.setattr(handles, "use_stream", use)
     monkeypatch.setattr(handles, "hold_for", hold)
+    monkeypatch.setattr(handles, "follow", lambda stream: stack[-1] == stream or ordered.append((stack[-1], stream)))
     return stack
 
 
-def launch(log, streams):
+def launch(log, streams, works=1):
     result = Buffer("result", log)
 
     def finish():
@@ -68,7 +74,7 @@ def launch(log, streams):
     # Past the annotation checker, which knows these for no tensors.
     make = getattr(handles.Handle.__init__, "__wrapped__", handles.Handle.__init__)
     handle = handles.Handle.__new__(handles.Handle)
-    make(handle, "op", "label", None, (Work(log, streams),), finish, buffers)
+    make(handle, "op", "label", None, (Work(log, streams),) * works, finish, buffers)
     return handle, result
 
 
@@ -95,6 +101,15 @@ def test_waiting_on_another_stream_also_ties_the_one_that_allocated(streams):
         "buffer held for other",
         "result held for other",
     ]
+
+
+def test_with_nothing_in_flight_another_stream_follows_the_one_that_made_the_result(streams):
+    log = []
+    handle, _ = launch(log, streams, works=0)
+    streams.append("other")
+    wait(handle)
+    assert streams.ordered == [("other", "launcher")]
+    assert log == ["finish on other", "buffer held for other", "result held for other"]
 
 
 def test_a_second_wait_does_nothing(streams):

@@ -5,14 +5,21 @@ from __future__ import annotations
 import math
 import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
 
 from seqpar import comm
+from seqpar.comm import link as links
+from seqpar.comm.collectives import reduce_async
+from seqpar.comm.flight import Flight
 from seqpar.comm.link import link_of
+from seqpar.partition import Range
 from tests.comm.fakes import Clock, FakeGroup
+from tests.kernels.own_errors import own_errors
 from tests.ranks import run_mesh
 
 
@@ -168,6 +175,19 @@ def test_costs_out_of_range(alpha_s: float, bytes_per_s: float, message: str) ->
     assert str(error.value) == message
 
 
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"sm": 0}, "`sm` must be at least 1, got 0"),
+        ({"ranks": 1}, "`ranks` must be at least 2, got 1; leave it out for the ranks that there are"),
+    ],
+)
+def test_options_out_of_range(option: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError) as error:
+        comm.SimulatedLink(0.0, 1.0, **option)  # type: ignore[arg-type]
+    assert str(error.value) == message
+
+
 def test_presets() -> None:
     link = comm.SimulatedLink.preset("h100-nccl-8")
     assert (link.alpha_s, link.bytes_per_s) == pytest.approx((39e-6, 368e9))
@@ -185,9 +205,164 @@ def test_no_group_and_other_devices() -> None:
     x = torch.ones(3, device="meta")
     with (
         link.on(group),
-        pytest.raises(ValueError, match="simulated links must be used on CPU tensors, got `broadcast`"),
+        pytest.raises(ValueError, match="simulated links must be used on CPU or CUDA tensors, got `broadcast`"),
     ):
         comm.broadcast_async(x, src=0, group=group)
+
+
+ALONE: dict[str, tuple[Callable[[torch.Tensor, FakeGroup], comm.Handle], int]] = {
+    "all_reduce": (lambda x, group: comm.all_reduce_async(x, group=group), 7 * 64),  # in one shot
+    "all_gather": (lambda x, group: comm.all_gather_async(x, group=group), 56),
+    "reduce_scatter": (lambda x, group: comm.reduce_scatter_async(x, group=group), 56),
+    "all_to_all": (lambda x, group: comm.all_to_all_async(x, group=group, send_sizes=[64], recv_sizes=[64]), 56),
+    "broadcast": (lambda x, group: comm.broadcast_async(x, src=0, group=group), 7 * 64),
+    "reduce": (lambda x, group: reduce_async(x, dst=0, group=group), 0),
+}
+
+
+@pytest.mark.parametrize("op", ALONE)
+def test_a_collective_of_one_rank_takes_the_time_of_eight(op: str) -> None:
+    start, num_bytes = ALONE[op]
+    group, clock, x = FakeGroup(size=1), Clock(), torch.arange(64, dtype=torch.uint8)
+    link = comm.SimulatedLink(1.0, 1.0, ranks=8, clock=clock, sleep=clock.sleep)
+    assert start(x, group).done()
+    with link.on(group), comm.record() as counts, comm.trace(clock=clock) as trace:
+        handle = start(x, group)
+        assert not handle.done() and repr(handle).endswith(
+            "in flight, SimulatedLink(alpha_s=1, bytes_per_s=1, ranks=8))"
+        )
+        assert handle.wait() is x
+    assert clock.now_s == 1 + num_bytes
+    (seen,) = (interval for interval in trace.intervals if interval.kind == "comm")
+    assert (seen.op, seen.num_bytes, seen.simulated) == (op, num_bytes, True)
+    assert not counts.counts  # nothing was sent
+
+
+@pytest.mark.parametrize(("name", "expected_s"), [("fake", [1 + 2 * 0.875]), ("fake deterministic", [1.875, 1.875])])
+def test_a_large_sum_of_one_rank_has_the_phases_of_eight(name: str, expected_s: list[float]) -> None:
+    group, clock, x = FakeGroup(name, size=1), Clock(), torch.zeros(LARGE, dtype=torch.uint8, requires_grad=False)
+    link = comm.SimulatedLink(1.0, float(LARGE), ranks=8, clock=clock, sleep=clock.sleep)
+    slept = []
+    with link.on(group):
+        steps = comm.all_reduce_steps(x, group=group)
+        try:
+            value = None
+            while True:
+                value = steps.send(value).wait()
+                slept.append(clock.now_s)
+        except StopIteration as stop:
+            assert stop.value is x
+    assert [b - a for a, b in zip([0.0, *slept], slept, strict=False)] == pytest.approx(expected_s, rel=1e-6)
+
+
+def test_a_sum_of_one_rank_hides_under_the_other_programs_compute_and_has_a_gradient() -> None:
+    group, clock = FakeGroup(size=1), Clock()
+    link = comm.SimulatedLink(1.0, math.inf, ranks=8, clock=clock, sleep=clock.sleep)
+
+    def program(x: torch.Tensor) -> comm.Steps[torch.Tensor]:
+        for _ in range(3):
+            clock.advance(1.0)
+            x = 2 * (yield from comm.all_reduce_steps(x, group=group))
+        return x
+
+    x = torch.ones(2, requires_grad=True)
+    with link.on(group):
+        parts = comm.interleave([program(x[:1]), program(x[1:])])
+    assert clock.now_s == 7.0  # of the last program's last sum nothing is hidden
+    torch.cat(parts).sum().backward()
+    assert x.grad is not None and x.grad.tolist() == [8.0, 8.0]
+
+
+def test_reshards_and_sends_to_itself_stay_free() -> None:
+    group, (clock, _), x = FakeGroup(size=1), virtual(), torch.ones(3, 4)
+    link = comm.SimulatedLink(1.0, 1.0, ranks=8, clock=clock, sleep=clock.sleep)
+    with link.on(group):
+        comm.seq_to_heads(x, columns=[[Range(0, 4)]], tokens=[3], group=group)
+        comm.heads_to_seq(x, widths=[4], tokens=[3], group=group)
+        comm.send_recv(x, dst=0, src=0, group=group)
+    assert clock.now_s == 0.0
+
+
+def test_ranks_are_for_groups_of_one() -> None:
+    link = comm.SimulatedLink.preset("h100-nccl-8", sm=24, ranks=8)
+    assert (link.sm, link.ranks) == (24, 8)
+    with pytest.raises(ValueError) as error, link.on(FakeGroup(size=1), FakeGroup()):
+        pass
+    assert str(error.value) == "`groups` must be of one rank on a link that sets `ranks` (8), got one of 2"
+
+
+@pytest.fixture
+def streams(monkeypatch: pytest.MonkeyPatch) -> Iterator[Streams]:
+    """Streams by name pass for CUDA's, also with the annotation checker."""
+    with own_errors():
+        yield Streams(monkeypatch)
+
+
+class Streams:
+    """CUDA's streams by name, of which the last is current; and what happened on them."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.stack, self.log = ["launcher"], list[str]()
+        for name in ("current_stream", "follow", "new_stream", "record_event", "use_stream", "wait_event", "spin"):
+            monkeypatch.setattr(links, name, getattr(self, name))
+
+    def current_stream(self, device: torch.device) -> str:
+        return self.stack[-1]
+
+    def new_stream(self, device: torch.device, *, priority: int) -> str:
+        assert priority < 0
+        return "link"
+
+    @contextmanager
+    def use_stream(self, stream: str) -> Iterator[None]:
+        self.stack.append(stream)
+        yield
+        self.stack.pop()
+
+    def follow(self, stream: str) -> None:
+        self.log.append(f"{self.stack[-1]} after {stream}")
+
+    def record_event(self, device: torch.device) -> Event:
+        self.log.append(f"{self.stack[-1]} signals")
+        return Event()
+
+    def wait_event(self, event: Event, device: torch.device) -> None:
+        self.log.append(f"{self.stack[-1]} awaits the signal")
+
+    def spin(self, seconds: float, *, ctas: int) -> None:
+        self.log.append(f"{self.stack[-1]} spins {ctas} x {seconds:g} s")
+
+
+class Event:
+    def query(self) -> bool:
+        return False
+
+
+def test_on_cuda_a_transfer_is_a_kernel_on_the_links_stream(streams: Streams) -> None:
+    device = torch.device("cuda", 0)
+    link = comm.SimulatedLink(2.0, 4.0, sm=3, sleep=lambda _: pytest.fail("the host slept"))
+    flights = [Flight("op", "", device, num_bytes, link, None) for num_bytes in (4, 0)]
+    assert streams.log == [
+        "link after launcher",
+        "link spins 3 x 3 s",
+        "link signals",
+        "link after launcher",
+        "link spins 3 x 2 s",
+        "link signals",
+    ]
+    assert not flights[0].arrived() and link.busy_until_s == -math.inf
+    streams.log.clear()
+    flights[0].land(lambda: streams.log.append("launcher after the collective"))
+    assert streams.log == ["launcher after the collective", "launcher awaits the signal"]
+
+
+def test_reset_gives_cuda_a_new_stream(streams: Streams, monkeypatch: pytest.MonkeyPatch) -> None:
+    link, device = comm.SimulatedLink(2.0, 4.0), torch.device("cuda", 0)
+    first = link.stream(device)
+    monkeypatch.setattr(links, "new_stream", lambda device, priority: "another")
+    assert link.stream(device) is first
+    link.reset()
+    assert link.stream(device) == "another"
 
 
 def every_collective(mesh: comm.DeviceMesh) -> None:

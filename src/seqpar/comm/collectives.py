@@ -23,6 +23,7 @@ from torch.distributed import ProcessGroup, Work
 from seqpar.comm.allreduce import all_reduce_algorithm, check_summable, sum_in_rank_order
 from seqpar.comm.flight import depart, is_watched
 from seqpar.comm.handle import Handle, describe, failure
+from seqpar.comm.link import ranks_of
 from seqpar.comm.mesh import is_deterministic
 from seqpar.comm.record import count
 from seqpar.partition import even_split
@@ -62,7 +63,7 @@ def all_reduce_phases(x: Tensor, group: ProcessGroup, label: str) -> tuple[Handl
     """Launch an all-reduce; and, if it takes two phases, how to launch the second with the result of the first."""
     op, p, n = "all_reduce", group.size(), x.numel()
     if p == 1:
-        return Handle.finished(op, label, group, x), None
+        return _all_reduce_alone(op, label, group, x)
     check_summable(x.dtype)
     x = x.detach()
     algorithm = all_reduce_algorithm(n * x.itemsize, p, is_deterministic(group), x.device.type)
@@ -99,7 +100,7 @@ def all_gather_async(
     sizes = _sizes((x.shape[dim],) * p if sizes is None else sizes, "sizes", group)
     _check_rows(x.shape[dim], sizes[rank], f"`x.shape[{dim}]`", "this rank's entry of `sizes`")
     if p == 1:
-        return Handle.finished(op, label, group, x)
+        return _alone(op, label, group, x, _rest(x, group))
     x = x.detach()
     count(op, label, (p - 1) * x.numel() * x.itemsize)
     others = prod(x.shape[:dim] + x.shape[dim + 1 :])
@@ -132,7 +133,7 @@ def reduce_scatter_async(
     sizes = _sizes(even_split(x.shape[dim], p) if sizes is None else sizes, "sizes", group)
     _check_rows(x.shape[dim], sum(sizes), f"`x.shape[{dim}]`", "the sum of `sizes`")
     if p == 1:
-        return Handle.finished(op, label, group, x)
+        return _alone(op, label, group, x, _rest(x, group))
     check_summable(x.dtype)
     x = x.detach()
     others = prod(x.shape[:dim] + x.shape[dim + 1 :])
@@ -160,7 +161,7 @@ def all_to_all_async(
     _check_rows(x.shape[0], sum(send_sizes), "`x.shape[0]`", "the sum of `send_sizes`")
     _check_rows(send_sizes[rank], recv_sizes[rank], "this rank's entry of `send_sizes`", "that of `recv_sizes`")
     if p == 1:
-        return Handle.finished(op, label, group, x)
+        return _alone(op, label, group, x, _rest(x, group))
     x = x.detach().contiguous()
     row = prod(x.shape[1:])
     count(op, label, (x.shape[0] - send_sizes[rank]) * row * x.itemsize)
@@ -188,7 +189,7 @@ def broadcast_async(x: Tensor, *, src: int, group: ProcessGroup, label: str = ""
     op, p = "broadcast", group.size()
     _check_rank(src, "src", group)
     if p == 1:
-        return Handle.finished(op, label, group, x)
+        return _alone(op, label, group, x, (ranks_of(group) - 1) * x.numel())
     x = x.detach()
     here = group.rank() == src
     sent_bytes = (p - 1) * x.numel() * x.itemsize if here else 0
@@ -214,7 +215,7 @@ def reduce_async(x: Tensor, *, dst: int, group: ProcessGroup, label: str = "") -
     op, p, rank, n = "reduce", group.size(), group.rank(), x.numel()
     _check_rank(dst, "dst", group)
     if p == 1:
-        return Handle.finished(op, label, group, x)
+        return _alone(op, label, group, x, 0)
     check_summable(x.dtype)
     flat = x.detach().contiguous().view(-1)
     count(op, label, 0 if rank == dst else n * x.itemsize)
@@ -269,6 +270,28 @@ def send_recv_async(
         dist.P2POp(dist.irecv, _as_bytes(out), group=group, tag=tag, group_peer=src),
     ]
     return _launched(op, label, group, lambda: dist.batch_isend_irecv(ops), lambda: out, (x, out), sent_bytes)
+
+
+def _alone(op: str, label: str, group: ProcessGroup, x: Tensor, elements: int) -> Handle:
+    """A collective of one rank, whose link may have it take the time of sending `elements`."""
+    flight = depart(op, label, group, x.device, elements * x.itemsize) if ranks_of(group) > 1 else None
+    return Handle.finished(op, label, group, x, flight)
+
+
+def _rest(x: Tensor, group: ProcessGroup) -> int:
+    """Elements of `x` outside of the first rank's part of an even split."""
+    return x.numel() - even_split(x.numel(), ranks_of(group))[0]
+
+
+def _all_reduce_alone(op: str, label: str, group: ProcessGroup, x: Tensor) -> tuple[Handle, Phase | None]:
+    """`_alone` in the phases that the ranks set by the link would need, each of which sends what rank 0 would."""
+    p, n = ranks_of(group), x.numel()
+    rest = _rest(x, group)
+    gathered = (p - 1) * (n - rest)
+    algorithm = all_reduce_algorithm(n * x.itemsize, p, is_deterministic(group), x.device.type)
+    if algorithm == "two_shot":
+        return _alone(op, label, group, x, rest), lambda part: _alone(op, label, group, part, gathered)
+    return _alone(op, label, group, x, (p - 1) * n if algorithm == "one_shot" else rest + gathered), None
 
 
 Part = tuple[Tensor, list[int]]

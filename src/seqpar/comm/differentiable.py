@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from seqpar.comm import collectives as raw
+from seqpar.comm.link import ranks_of
 from seqpar.comm.steps import Steps, run
 from seqpar.partition import even_split
 
@@ -84,7 +85,7 @@ def all_reduce_steps(
     Raises:
         TypeError: the dtype cannot be summed.
     """
-    if group.size() == 1:
+    if ranks_of(group) == 1:
         return x
     first, second = raw.all_reduce_phases(x, group, label)
     result = yield first
@@ -101,7 +102,7 @@ def reduce_grad(x: Tensor, *, group: ProcessGroup, label: str = "") -> Tensor:
     Out:   x, a view of it.
     Grad:  partial; all-reduced to replicated.
     """
-    if group.size() == 1:
+    if ranks_of(group) == 1:
         return x
     return with_adjoint(x, x, partial(all_reduce, group=group, grad="partial", label=_back(label)))
 
@@ -126,7 +127,7 @@ def all_gather_steps(
         ValueError: `sizes` does not fit the group or `x`.
     """
     handle = raw.all_gather_async(x, group=group, dim=dim, sizes=sizes, label=label)
-    if group.size() == 1:
+    if ranks_of(group) == 1:
         return x
     result = yield handle
     sizes = (x.shape[dim],) * group.size() if sizes is None else tuple(sizes)
@@ -151,7 +152,7 @@ def reduce_scatter_steps(
         TypeError: the dtype cannot be summed.
     """
     handle = raw.reduce_scatter_async(x, group=group, dim=dim, sizes=sizes, label=label)
-    if group.size() == 1:
+    if ranks_of(group) == 1:
         return x
     result = yield handle
     sizes = even_split(x.shape[dim], group.size()) if sizes is None else tuple(sizes)
@@ -172,7 +173,7 @@ def all_to_all_steps(
         ValueError: the sizes do not fit the group, each other or `x`.
     """
     handle = raw.all_to_all_async(x, group=group, send_sizes=send_sizes, recv_sizes=recv_sizes, label=label)
-    if group.size() == 1:
+    if ranks_of(group) == 1:
         return x
     result = yield handle
     back = partial(all_to_all, group=group, send_sizes=recv_sizes, recv_sizes=send_sizes, label=_back(label))
@@ -191,7 +192,7 @@ def broadcast_steps(x: Tensor, *, src: int, group: ProcessGroup, label: str = ""
         ValueError: `src` is no rank of the group.
     """
     handle = raw.broadcast_async(x, src=src, group=group, label=label)
-    if group.size() == 1:
+    if ranks_of(group) == 1:
         return x
     result = yield handle
     return with_adjoint(x, result, partial(_reduce, dst=src, group=group, label=_back(label)))

@@ -24,31 +24,39 @@ def depart(op: str, label: str, group: ProcessGroup, device: torch.device, num_b
     """What to tell the link and the trace in force of a launch that sends `num_bytes`; None where there is neither.
 
     Raises:
-        ValueError: a simulated link, and tensors that are not on a CPU.
+        ValueError: a simulated link, and tensors that are neither on a CPU nor on CUDA.
     """
     link, trace = link_of(group), current_trace()
     if link is None and trace is None:
         return None
-    if link is not None and device.type != "cpu":
+    if link is not None and device.type not in ("cpu", "cuda"):
         raise ValueError(
-            f"simulated links must be used on CPU tensors, got `{op}` of `{label}` on {device}; leave out `link.on`"
+            f"simulated links must be used on CPU or CUDA tensors, got `{op}` of `{label}` on {device}; "
+            "leave out `link.on`"
         )
-    return Flight(op, label, num_bytes, link, trace)
+    return Flight(op, label, device, num_bytes, link, trace)
 
 
 class Flight:
     """A launch that is simulated, traced, or both; a handle tells it of its works, its wait and its result."""
 
-    __slots__ = ("_deadline_s", "_trace", "_transfer", "link")
+    __slots__ = ("_carried", "_trace", "_transfer", "link")
 
-    def __init__(self, op: str, label: str, num_bytes: int, link: SimulatedLink | None, trace: Trace | None) -> None:
+    def __init__(
+        self,
+        op: str,
+        label: str,
+        device: torch.device,
+        num_bytes: int,
+        link: SimulatedLink | None,
+        trace: Trace | None,
+    ) -> None:
         self.link, self._trace = link, trace
         launched = start = 0.0 if trace is None else trace.clock()
         end = None
-        self._deadline_s = 0.0
-        if link is not None:
-            start, end = link.book(num_bytes)
-            self._deadline_s = end
+        self._carried = None if link is None else link.carry(num_bytes, device)
+        if self._carried is not None and self._carried.start_s is not None:
+            start, end = self._carried.start_s, self._carried.end_s
         program = () if trace is None else trace.program
         self._transfer = Transfer(op, label, program, launched, start, end, num_bytes, link is not None)
 
@@ -64,10 +72,10 @@ class Flight:
 
     def arrived(self) -> bool:
         """Whether a simulated transfer has ended; a real one is asked itself."""
-        return self.link is None or self.link.has_passed(self._deadline_s)
+        return self._carried is None or self._carried.arrived()
 
     def land(self, join: Callable[[], None]) -> None:
-        """Wait by `join`, and on a simulated link until the deadline."""
+        """Wait by `join`, and on a simulated link for its end too."""
         if self._trace is None:
             self._block(join)
             return
@@ -86,5 +94,5 @@ class Flight:
 
     def _block(self, join: Callable[[], None]) -> None:
         join()
-        if self.link is not None:
-            self.link.sleep_until(self._deadline_s)
+        if self._carried is not None:
+            self._carried.join()

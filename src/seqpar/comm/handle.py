@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup, Work
 
 from seqpar.comm.flight import Flight
-from seqpar.comm.stream import CPU_STREAM, CPUStream, current_stream, hold_for, use_stream
+from seqpar.comm.stream import CPU_STREAM, CPUStream, current_stream, follow, hold_for, use_stream
 
 __all__ = ["CommError", "Handle", "Mark", "describe", "failure"]
 
@@ -100,9 +100,9 @@ class Handle:
             flight.observe(works)
 
     @classmethod
-    def finished(cls, op: str, label: str, group: ProcessGroup, result: Tensor) -> Handle:
-        """The handle of a collective that had nothing to do."""
-        return cls(op, label, group, (), lambda: result, ())
+    def finished(cls, op: str, label: str, group: ProcessGroup, result: Tensor, flight: Flight | None = None) -> Handle:
+        """The handle of a collective that had nothing to do, or only to simulate it."""
+        return cls(op, label, group, (), lambda: result, (result,), flight)
 
     def then(self, finish: Callable[[Tensor], Tensor]) -> Handle:
         """This handle, whose result will be `finish` of what it was."""
@@ -134,6 +134,8 @@ class Handle:
         return self._result
 
     def _join(self) -> None:
+        if not self._works:
+            follow(self._stream)  # nothing is in flight, but what made the result may be
         try:
             for work in self._works:
                 work.wait()

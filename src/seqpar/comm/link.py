@@ -4,6 +4,15 @@ For seeing on one machine what a schedule hides. The transfer itself is real, an
 off. A launch books the link, transfers follow one another on it, and `Handle.wait` sleeps until the booked end, so
 what is computed between a launch and its wait hides the transfer as it would on the real link.
 
+On CUDA nobody sleeps. A launch puts a kernel of `sm` CTAs, which spin for the modelled time, on a stream of the link
+beside the real transfer, and the wait orders the current stream behind both by events. So what a transfer costs others
+is real too: the processors that it holds, and the start that it misses while a matrix product fills the GPU. All of it
+can be captured in a CUDA graph; let it run once before, as anything that compiles a kernel.
+
+A link of `ranks=8` takes one process for rank 0 of eight: a collective of a group of one rank, which has nothing to do,
+then takes the time that eight would need and leaves its argument as it is. With the shard of one of eight ranks in the
+layers, one GPU shows when it would have computed and waited; what it computes is not the model's output.
+
 A sleep in the launch lost: nothing could hide it. Shaping the network itself tests more (the transport, its use of the
 processor), but needs rights that a laptop or CI seldom grants.
 """
@@ -18,7 +27,11 @@ from math import inf
 from types import MappingProxyType
 from typing import NamedTuple
 
+import torch
 from torch.distributed import ProcessGroup
+
+from seqpar.comm.stream import current_stream, follow, new_stream, record_event, use_stream, wait_event
+from seqpar.kernels.spin import spin
 
 __all__ = ["LINK_PRESETS", "LinkCosts", "SimulatedLink"]
 
@@ -61,16 +74,18 @@ class SimulatedLink:
     """A link of latency `alpha_s` and rate `bytes_per_s`, which carries one transfer after another.
 
     In force inside `with link.on(group):`, for what is launched there. Each rank has its own, for what it sends. The
-    object holds when the link is free again; groups that share it share the link.
+    object holds when the link is free again, on CUDA the stream of its transfers; groups that share it share the link.
 
     Args:
         alpha_s: latency of a launch, also of one that sends nothing.
         bytes_per_s: rate of what this rank sends to others; `math.inf` for latency alone.
-        clock: the time, in seconds; give a trace the same one.
+        sm: multiprocessors that a transfer holds on CUDA.
+        ranks: make the collectives of one-rank groups cost what they would over so many; reshards stay free.
+        clock: the time on a CPU, in seconds; give a trace the same one.
         sleep: waits for some seconds of that clock.
 
     Raises:
-        ValueError: a negative latency, or a rate that is not positive.
+        ValueError: a negative latency, a rate that is not positive, `sm` below 1, or `ranks` below 2.
     """
 
     def __init__(
@@ -78,6 +93,8 @@ class SimulatedLink:
         alpha_s: float,
         bytes_per_s: float,
         *,
+        sm: int = 4,
+        ranks: int | None = None,
         clock: Callable[[], float] = time.perf_counter,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
@@ -85,14 +102,21 @@ class SimulatedLink:
             raise ValueError(f"`alpha_s` must be finite and >= 0, got {alpha_s}")
         if not bytes_per_s > 0:
             raise ValueError(f"`bytes_per_s` must be > 0, got {bytes_per_s}")
+        if sm < 1:
+            raise ValueError(f"`sm` must be at least 1, got {sm}")
+        if ranks is not None and ranks < 2:
+            raise ValueError(f"`ranks` must be at least 2, got {ranks}; leave it out for the ranks that there are")
         self.alpha_s = alpha_s
         self.bytes_per_s = bytes_per_s
+        self.sm = sm
+        self.ranks = ranks
         self.busy_until_s = -inf
         self._clock = clock
         self._sleep = sleep
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
     @classmethod
-    def preset(cls, name: str) -> SimulatedLink:
+    def preset(cls, name: str, *, sm: int = 4, ranks: int | None = None) -> SimulatedLink:
         """A new link with the costs of `LINK_PRESETS[name]`.
 
         Raises:
@@ -100,27 +124,33 @@ class SimulatedLink:
         """
         if name not in LINK_PRESETS:
             raise ValueError(f'`name` must be one of {", ".join(LINK_PRESETS)}, got "{name}"')
-        return cls(*LINK_PRESETS[name])
+        return cls(*LINK_PRESETS[name], sm=sm, ranks=ranks)
 
     def seconds(self, num_bytes: int) -> float:
         """How long a transfer takes on the free link."""
         return self.alpha_s + num_bytes / self.bytes_per_s
 
     def reset(self) -> None:
-        """Forget the transfers under way: the link is free."""
+        """Forget the transfers under way: the link is free. On CUDA they spin on, beside those to come."""
         self.busy_until_s = -inf
+        self._streams.clear()
 
     @contextmanager
     def on(self, *groups: ProcessGroup) -> Iterator[SimulatedLink]:
         """Carry what this thread launches on `groups` in the context; the innermost link of a group is in force.
 
-        It goes around the driver of the programs, not into one of them. CUDA tensors are a ValueError at the launch.
+        It goes around the driver of the programs, not into one of them.
 
         Raises:
-            ValueError: no group.
+            ValueError: no group, or one of several ranks on a link that sets `ranks`.
         """
         if not groups:
             raise ValueError("`groups` must be at least one group, got none")
+        several = next((group.size() for group in groups if group.size() > 1), None)
+        if self.ranks is not None and several is not None:
+            raise ValueError(
+                f"`groups` must be of one rank on a link that sets `ranks` ({self.ranks}), got one of {several}"
+            )
         token = _LINKS.set({**(_LINKS.get() or {}), **{group.group_name: self for group in groups}})
         try:
             yield self
@@ -142,8 +172,54 @@ class SimulatedLink:
         """Whether the clock shows `deadline_s` or more."""
         return self._clock() >= deadline_s
 
+    def stream(self, device: torch.device) -> torch.cuda.Stream:
+        """The stream of the transfers of CUDA tensors, above others in priority; made when first asked for."""
+        if device not in self._streams:
+            self._streams[device] = new_stream(device, priority=-1)
+        return self._streams[device]
+
+    def carry(self, num_bytes: int, device: torch.device) -> Booked | Spinning:
+        """Send off a transfer that can start now, or when the present work of the current stream is done."""
+        return Booked(self, num_bytes) if device.type == "cpu" else Spinning(self, num_bytes, device)
+
     def __repr__(self) -> str:
-        return f"SimulatedLink(alpha_s={self.alpha_s:g}, bytes_per_s={self.bytes_per_s:g})"
+        ranks = "" if self.ranks is None else f", ranks={self.ranks}"
+        return f"SimulatedLink(alpha_s={self.alpha_s:g}, bytes_per_s={self.bytes_per_s:g}{ranks})"
+
+
+class Booked:
+    """A transfer of CPU tensors: when it starts and ends."""
+
+    def __init__(self, link: SimulatedLink, num_bytes: int) -> None:
+        self._link = link
+        self.start_s, self.end_s = link.book(num_bytes)
+
+    def arrived(self) -> bool:
+        return self._link.has_passed(self.end_s)
+
+    def join(self) -> None:
+        """Block the host until the end."""
+        self._link.sleep_until(self.end_s)
+
+
+class Spinning:
+    """A transfer of CUDA tensors: a kernel behind the earlier ones of its link. The host knows no times of it."""
+
+    start_s = end_s = None
+
+    def __init__(self, link: SimulatedLink, num_bytes: int, device: torch.device) -> None:
+        self._device, launcher = device, current_stream(device)
+        with use_stream(link.stream(device)):
+            follow(launcher)  # what is sent has been computed
+            spin(link.seconds(num_bytes), ctas=link.sm)
+            self._ended = record_event(device)  # [A] matches the wait in `join`
+
+    def arrived(self) -> bool:
+        return bool(self._ended.query())
+
+    def join(self) -> None:
+        """Order the current stream behind the end."""
+        wait_event(self._ended, self._device)  # [A]
 
 
 _LINKS: ContextVar[Mapping[str, SimulatedLink] | None] = ContextVar("seqpar_links", default=None)
@@ -158,3 +234,9 @@ def link_of(group: ProcessGroup) -> SimulatedLink | None:
     """The link in force for `group`."""
     links = _LINKS.get()
     return None if links is None else links.get(group.group_name)
+
+
+def ranks_of(group: ProcessGroup) -> int:
+    """How many ranks a collective of `group` is to cost: its own, or those that its link sets."""
+    link = link_of(group)
+    return group.size() if link is None or link.ranks is None else link.ranks

@@ -13,7 +13,18 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-__all__ = ["CPU_STREAM", "CPUStream", "Stream", "current_stream", "hold_for", "use_stream"]
+__all__ = [
+    "CPU_STREAM",
+    "CPUStream",
+    "Stream",
+    "current_stream",
+    "follow",
+    "hold_for",
+    "new_stream",
+    "record_event",
+    "use_stream",
+    "wait_event",
+]
 
 
 class CPUStream:
@@ -35,6 +46,31 @@ def current_stream(device: torch.device) -> Stream:
 def use_stream(stream: Stream) -> AbstractContextManager[object]:
     """A context in which `stream` is the current one."""
     return nullcontext() if isinstance(stream, CPUStream) else torch.cuda.stream(stream)
+
+
+def new_stream(device: torch.device, *, priority: int = 0) -> torch.cuda.Stream:
+    """A stream of a CUDA device; a lower number goes first."""
+    return torch.cuda.Stream(device, priority=priority)
+
+
+def follow(stream: Stream) -> None:
+    """Order the current stream of the same device behind the present work of `stream`."""
+    if not isinstance(stream, CPUStream):
+        here = torch.cuda.current_stream(stream.device)
+        if here != stream:
+            here.wait_stream(stream)
+
+
+def record_event(device: torch.device) -> torch.cuda.Event:
+    """A signal that the present work of the current stream is done."""
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(device))
+    return event
+
+
+def wait_event(event: torch.cuda.Event, device: torch.device) -> None:
+    """Order the current stream behind a signal."""
+    torch.cuda.current_stream(device).wait_event(event)
 
 
 def hold_for(stream: Stream, tensors: Iterable[Tensor]) -> None:
