@@ -133,3 +133,27 @@ def test_tensors_that_describe_another_batch_are_refused(change: dict[str, objec
     batch = RaggedBatch.build([2], [5], [[0, 1]], 4)
     with own_errors(), pytest.raises(ValueError, match=message):
         dataclasses.replace(batch, **change)
+
+
+@given(lengths, st.integers(1, 6), st.data())
+@settings(deadline=None)
+def test_a_tail_is_a_batch_of_the_last_tokens(
+    requests: list[tuple[int, int]], page_size: int, data: st.DataObject
+) -> None:
+    """Rows are closed upwards, in order, and keep position, slot, keys and pages."""
+    _, batch = paged(requests, page_size)
+    wanted = data.draw(st.lists(st.sampled_from(range(batch.num_tokens)))) if batch.num_tokens else []
+    tail = batch.tail(wanted)
+    owner = [r for r, new in enumerate(batch.q_lens) for _ in range(new)]
+    rows = [row for row in range(batch.num_tokens) if any(owner[w] == owner[row] and w <= row for w in wanted)]
+    assert list(tail.rows) == rows and tail.q_lens == tuple(
+        len([row for row in rows if owner[row] == r]) for r in range(len(requests))
+    )
+    assert tail.batch.q_lens == tail.q_lens and tail.batch.kv_lens == batch.kv_lens and tail.batch.pages == batch.pages
+    assert tail.batch.positions.tolist() == batch.positions[rows].tolist()
+    assert tail.batch.slots.tolist() == batch.slots[rows].tolist()
+    start, stop = sorted(data.draw(st.tuples(*[st.integers(0, batch.num_tokens)] * 2)))
+    assert tail.within(start, stop) == tuple(row for row in rows if start <= row < stop)
+    assert tail.take(torch.arange(start, stop), start).tolist() == list(tail.within(start, stop))
+    if batch.kv_lens == batch.q_lens:
+        assert not tail.without_cache.has_cache and tail.without_cache.q_lens == tail.q_lens

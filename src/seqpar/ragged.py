@@ -9,7 +9,8 @@ tensors: a batch that first serves an evaluation may serve a training step, whos
 from __future__ import annotations
 
 from array import array
-from collections.abc import Hashable, Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate, pairwise, takewhile
@@ -19,7 +20,7 @@ import torch
 from jaxtyping import Int32, Int64
 from torch import Tensor
 
-__all__ = ["RaggedBatch"]
+__all__ = ["RaggedBatch", "Tail"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,6 +154,22 @@ class RaggedBatch:
         )
         return chunk._with_pages(self.__dict__.get("pages"))
 
+    def tail(self, rows: Iterable[int]) -> Tail:
+        """The tokens `rows` and all that follow them in their requests: what a last layer need compute.
+
+        Raises:
+            ValueError: rows that the batch does not have.
+        """
+        first = list(self.q_starts[1:])
+        for row in rows:
+            if not 0 <= row < self.num_tokens:
+                raise ValueError(f"`rows` must lie in [0, {self.num_tokens}), got {row}")
+            request = bisect_right(self.q_starts, row) - 1
+            first[request] = min(first[request], row)
+        wanted = tuple(row for a, b in zip(first, self.q_starts[1:], strict=True) for row in range(a, b))
+        lengths = tuple(b - a for a, b in zip(first, self.q_starts[1:], strict=True))
+        return Tail(wanted, lengths, self)
+
     @torch.inference_mode(False)
     def to(self, device: torch.device | str) -> RaggedBatch:
         """The same batch with its tensors on `device`."""
@@ -243,6 +260,49 @@ class RaggedBatch:
     def plans(self) -> dict[Hashable, Any]:
         """What users of this batch have worked out from it once and need again in every layer."""
         return {}
+
+
+@dataclass(frozen=True, eq=False)
+class Tail:
+    """The last tokens of each request of a batch, such as those whose logits are asked for.
+
+    The last layer of a model need not compute more of them than keys and values; the rows of a tail are the queries.
+    They are the last of their requests, so that a plain batch over the same keys describes them.
+
+    Attributes:
+        rows: Of the whole batch, in order.
+        q_lens: How many each request has; some or all may have none.
+        whole: The batch.
+    """
+
+    rows: tuple[int, ...]
+    q_lens: tuple[int, ...]
+    whole: RaggedBatch
+
+    @cached_property
+    def batch(self) -> RaggedBatch:
+        """The rows as a batch of their own, whose requests have all keys of the whole batch's."""
+        whole = self.whole
+        slots = self.take(whole.slots) if whole.has_cache else whole.slots
+        chosen = replace(whole, q_lens=self.q_lens, positions=self.take(whole.positions), slots=slots)
+        return chosen._with_pages(whole.__dict__.get("pages"))
+
+    @cached_property
+    def without_cache(self) -> RaggedBatch:
+        """The same queries, over keys that are given rather than paged; see `RaggedBatch.without_cache`."""
+        return replace(self, whole=self.whole.without_cache).batch
+
+    def within(self, start: int, stop: int) -> tuple[int, ...]:
+        """The rows in [start, stop)."""
+        return self.rows[bisect_left(self.rows, start) : bisect_left(self.rows, stop)]
+
+    def take(self, x: Tensor, start: int = 0) -> Tensor:
+        """The rows that `x` holds, whose first row is the whole batch's `start`; a view where they are consecutive."""
+        rows = self.within(start, start + len(x))
+        if not rows or rows[-1] - rows[0] == len(rows) - 1:
+            first = rows[0] - start if rows else 0
+            return x[first : first + len(rows)]
+        return x[torch.tensor(rows, device=x.device) - start]
 
 
 def _check_lengths(q_lens: tuple[int, ...], kv_lens: tuple[int, ...]) -> None:

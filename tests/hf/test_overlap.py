@@ -49,13 +49,13 @@ def test_chunks_give_what_the_whole_gives(kind: str, layout: tuple[int, int]) ->
     run_mesh(layout, same, kind, Interleave(cuts=(1, 5, 16), min_tokens=18), layout[0] > 1)
 
 
-def calls(mesh: comm.DeviceMesh, overlap: Any) -> tuple[int, int]:
-    """Collectives of the layers in a prefill of 12 tokens and in a decode."""
+def calls(mesh: comm.DeviceMesh, overlap: Any, keep: int) -> tuple[int, int]:
+    """Collectives of the layers in a prefill of 12 tokens, `keep` of them asked for (0: all), and in a decode."""
     model = tiny_model("llama")
     ids = torch.arange(12)[None]
     with parallelize(model, mesh, overlap=overlap), torch.no_grad():
         with comm.record() as prefill:
-            out = model(ids, use_cache=True, logits_to_keep=1)
+            out = model(ids, use_cache=True, logits_to_keep=keep)
         with comm.record() as decode:
             model(ids[:, -1:], past_key_values=out.past_key_values)
     counts = [
@@ -65,13 +65,21 @@ def calls(mesh: comm.DeviceMesh, overlap: Any) -> tuple[int, int]:
     return counts[0], counts[1]
 
 
-def test_as_many_chunks_run_as_were_asked_for() -> None:
-    """Three layers of two collectives, once for each chunk; a decode is below the gate."""
-    for layout in ((2, 1), (1, 2)):
-        assert run_mesh(layout, calls, "off")[0] == (6, 6)
-        assert run_mesh(layout, calls, Interleave(2, min_tokens=12))[0] == (12, 6)
-        assert run_mesh(layout, calls, Interleave(3, min_tokens=12))[0] == (18, 6)
-        assert run_mesh(layout, calls, Interleave(3, min_tokens=13))[0] == (6, 6)
+@pytest.mark.parametrize("layout", [(2, 1), (1, 2)], ids=name_of)
+def test_as_many_chunks_run_as_were_asked_for(layout: tuple[int, int]) -> None:
+    """Three layers of two collectives, once for each chunk; a decode is below the gate.
+
+    Where the last row alone is asked for, the other chunks end with their append to the last layer's cache: without
+    its two all-reduces, or without its second all-to-all.
+    """
+    ended = 2 if layout == (2, 1) else 1
+    assert run_mesh(layout, calls, "off", 1)[0] == (6, 6)
+    assert run_mesh(layout, calls, Interleave(2, min_tokens=12), 0)[0] == (12, 6)
+    assert run_mesh(layout, calls, Interleave(3, min_tokens=12), 0)[0] == (18, 6)
+    assert run_mesh(layout, calls, Interleave(2, min_tokens=12), 1)[0] == (12 - ended, 6)
+    assert run_mesh(layout, calls, Interleave(3, min_tokens=12), 1)[0] == (18 - 2 * ended, 6)
+    assert run_mesh(layout, calls, Interleave(3, min_tokens=12), 5)[0] == (18 - ended, 6)
+    assert run_mesh(layout, calls, Interleave(3, min_tokens=13), 1)[0] == (6, 6)
 
 
 def trained(mesh: comm.DeviceMesh) -> None:

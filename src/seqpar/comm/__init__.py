@@ -37,7 +37,7 @@ from seqpar.comm.mesh import Groups, groups, init_mesh, is_deterministic
 from seqpar.comm.record import Count, Recorder, record
 from seqpar.comm.reshard import heads_to_seq, heads_to_seq_steps, seq_to_heads, seq_to_heads_steps
 from seqpar.comm.schedule import interleave, interleave_steps
-from seqpar.comm.steps import Steps, call, run, splits
+from seqpar.comm.steps import Steps, call, is_wrapped, run, splits
 from seqpar.comm.trace import Exposure, Interval, Trace, TraceReport, trace
 
 __all__ = [
@@ -81,6 +81,7 @@ __all__ = [
     "interleave",
     "interleave_steps",
     "is_deterministic",
+    "is_wrapped",
     "record",
     "reduce_grad",
     "reduce_scatter",

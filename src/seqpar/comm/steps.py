@@ -17,7 +17,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from seqpar.comm.handle import Handle, Mark
 from seqpar.comm.trace import current_trace
 
-__all__ = ["Steps", "call", "resume", "run", "splits"]
+__all__ = ["Steps", "call", "is_wrapped", "resume", "run", "splits"]
 
 T = TypeVar("T")
 Y = TypeVar("Y")
@@ -65,7 +65,7 @@ def call(child: Callable[..., Any], *args: Any, **kwargs: Any) -> Steps[Any]:
 
 def splits(child: object) -> bool:
     """Whether `call` joins the steps of `child` instead of calling it as a whole."""
-    return isinstance(child, nn.Module) and _defines_steps(type(child)) and not _is_wrapped(child)
+    return isinstance(child, nn.Module) and _defines_steps(type(child)) and not is_wrapped(child)
 
 
 def _defines_steps(cls: type) -> bool:
@@ -78,7 +78,8 @@ def _defines_steps(cls: type) -> bool:
     return False
 
 
-def _is_wrapped(child: nn.Module) -> bool:
+def is_wrapped(child: nn.Module) -> bool:
+    """Whether hooks, a replaced `forward` or a compiled one would see or change a call of `child`."""
     return bool(
         child._forward_hooks
         or child._forward_pre_hooks

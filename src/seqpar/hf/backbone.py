@@ -7,6 +7,7 @@ program; `stack_steps` is the part of it that a schedule can run once for each c
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Collection, Iterator, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -23,9 +24,9 @@ from seqpar.comm import Groups, Steps
 from seqpar.hf.cache import CacheSpec, CacheStore, ParallelCache, store_of
 from seqpar.hf.padding import Padding, check_windows
 from seqpar.kv import PagedKV
-from seqpar.layers import ParallelLMHead, gather_rows_steps
+from seqpar.layers import ParallelDecoderLayer, ParallelLMHead, gather_rows_steps
 from seqpar.partition import HeadMap, Interleave, even_ranges, even_split
-from seqpar.ragged import RaggedBatch
+from seqpar.ragged import RaggedBatch, Tail
 
 __all__ = ["KEEP", "LMHead", "ParallelBackbone"]
 
@@ -45,15 +46,27 @@ class _Plan(NamedTuple):
     cuts: tuple[int, ...] = ()
 
 
-_Chunk = tuple[slice, RaggedBatch]
+class _Chunk(NamedTuple):
+    """Consecutive tokens of a step, which run as one program; `tail` is what the last layer computes of them."""
+
+    rows: slice
+    batch: RaggedBatch
+    tail: Tail | None
+
+    def find(self, rows: Sequence[int]) -> list[int]:
+        """Where rows of the chunk lie among those that the last layer gives."""
+        return list(rows) if self.tail is None else [bisect_left(self.tail.rows, row) for row in rows]
 
 
-def _chunks(batch: RaggedBatch, cuts: tuple[int, ...]) -> list[_Chunk]:
-    """The tokens of each chunk of a step, and what they are."""
-    if not cuts:
-        return [(slice(0, batch.num_tokens), batch)]
-    spans = [slice(a, b) for a, b in pairwise((0, *cuts, batch.num_tokens))]
-    return list(zip(spans, batch.split(cuts), strict=True))
+def _chunks(batch: RaggedBatch, cuts: tuple[int, ...], wanted: Sequence[int] | None) -> list[_Chunk]:
+    """The chunks of a step; of their last tokens only those from the `wanted` rows on, unless that is None."""
+    parts = batch.split(cuts) if cuts else (batch,)
+    chunks = []
+    for (start, stop), part in zip(pairwise((0, *cuts, batch.num_tokens)), parts, strict=True):
+        tail = None if wanted is None else part.tail(row - start for row in wanted if start <= row < stop)
+        whole = tail is None or len(tail.rows) == part.num_tokens
+        chunks.append(_Chunk(slice(start, stop), part, None if whole else tail))
+    return chunks
 
 
 class ParallelBackbone(nn.Module):
@@ -148,11 +161,12 @@ class ParallelBackbone(nn.Module):
         everything = plan.padding.all_rows(tokens.device)
         selection = plan.padding.select(keep, tokens.device) if wanted is None else everything
         cos, sin = self._rope(plan)
-        chunks = _chunks(plan.batch, plan.cuts)
+        some = wanted is None and self._takes_tail()
+        chunks = _chunks(plan.batch, plan.cuts, selection.rows if some else None)
         outputs = yield from comm.interleave_steps(
             [
-                self.stack_steps(tokens[rows], part, cos[rows], sin[rows], plan.kv, keep_inputs=wanted or ())
-                for rows, part in chunks
+                self.stack_steps(tokens[rows], part, cos[rows], sin[rows], plan.kv, keep_inputs=wanted or (), tail=tail)
+                for rows, part, tail in chunks
             ]
         )
         last = selection.unpack((yield from self._collect_steps([x for x, _ in outputs], selection.rows, chunks)))
@@ -179,18 +193,21 @@ class ParallelBackbone(nn.Module):
         kv: PagedKV | None,
         *,
         keep_inputs: Collection[int] = (),
-    ) -> Steps[tuple[Float[Tensor, "t_local m"], dict[int, Float[Tensor, "t_local m"]]]]:
+        tail: Tail | None = None,
+    ) -> Steps[tuple[Float[Tensor, "t_out m"], dict[int, Float[Tensor, "t_local m"]]]]:
         """Embed a ragged batch and run it through the layers and the norm: what one chunk of a schedule does.
 
         In:    tokens, all T of the batch, as ids or as embeddings.
-        Out:   this rank's normed tokens, and the inputs of the layers named in `keep_inputs`.
+        Out:   this rank's normed tokens (with `tail`, those of them that are in it), and the inputs of the layers
+               named in `keep_inputs`.
         """
         x = yield from self._embed_steps(tokens, batch)
         inputs: dict[int, Tensor] = {}
         for index, layer in enumerate(self.layers):
             if index in keep_inputs:
                 inputs[index] = x
-            x = yield from comm.call(layer, x, batch, cos, sin, kv)
+            options = {} if tail is None or index + 1 < len(self.layers) else {"tail": tail}
+            x = yield from comm.call(layer, x, batch, cos, sin, kv, **options)
         return (yield from comm.call(self.norm, x)), inputs
 
     def _embed_steps(self, tokens: Tensor, batch: RaggedBatch) -> Steps[Float[Tensor, "t_local m"]]:
@@ -210,35 +227,45 @@ class ParallelBackbone(nn.Module):
     ) -> Steps[Float[Tensor, "rows m"]]:
         """Rows of the whole step (None: all), in the order asked for, out of every rank's tokens of every chunk."""
         if len(chunks) == 1:
-            return (yield from self._gather_steps(locals_[0], rows, chunks[0][1]))
+            return (yield from self._gather_steps(locals_[0], rows, chunks[0]))
         parts: list[Tensor] = []
         order: list[int] = []
-        for local, (span, batch) in zip(locals_, chunks, strict=True):
-            inside = [i for i, row in enumerate(rows or ()) if span.start <= row < span.stop]
+        for local, chunk in zip(locals_, chunks, strict=True):
+            start, stop = chunk.rows.start, chunk.rows.stop
+            inside = [i for i, row in enumerate(rows or ()) if start <= row < stop]
             order += inside
-            mine = None if rows is None else [rows[i] - span.start for i in inside]
-            parts.append((yield from self._gather_steps(local, mine, batch)))
+            mine = None if rows is None else [rows[i] - start for i in inside]
+            parts.append((yield from self._gather_steps(local, mine, chunk)))
         gathered = torch.cat(parts)
         if order == sorted(order):
             return gathered
         return gathered[torch.tensor(order, device=gathered.device).argsort()]
 
     def _gather_steps(
-        self, x: Float[Tensor, "t_local m"], rows: Sequence[int] | None, batch: RaggedBatch
+        self, x: Float[Tensor, "t_local m"], rows: Sequence[int] | None, chunk: _Chunk
     ) -> Steps[Float[Tensor, "rows m"]]:
-        """Rows of the whole batch (None: all) out of every rank's tokens; over `tp`, when sharded, all travel."""
-        layout = self.groups.layout
+        """Rows of a chunk (None: all) out of every rank's tokens; over `tp`, when sharded, all travel."""
+        if rows is not None and not rows:
+            return x[:0]
+        layout, tail = self.groups.layout, chunk.tail
+        slices = even_ranges(chunk.batch.num_tokens, layout.sp)
         if self.sequence_sharded:
-            mine = even_split(batch.num_tokens, layout.sp)[self.groups.sp.rank()]
-            sizes = even_split(mine, layout.tp)
+            sizes = even_split(slices[self.groups.sp.rank()].size, layout.tp)
             x = yield from comm.all_gather_steps(
                 x, group=self.groups.tp, sizes=sizes, grad="replicate", label=self.label
             )
+        held = [mine.size if tail is None else len(tail.within(*mine)) for mine in slices]
+        found = None if rows is None else chunk.find(rows)
         return (
             yield from gather_rows_steps(
-                x, rows=rows, num_tokens=batch.num_tokens, group=self.groups.sp, label=self.label
+                x, rows=found, num_tokens=sum(held), sizes=held, group=self.groups.sp, label=self.label
             )
         )
+
+    def _takes_tail(self) -> bool:
+        """Whether the last layer may leave out rows that nobody asked for, and no hook on the norm would miss them."""
+        last = self.layers[-1] if len(self.layers) else None
+        return isinstance(last, ParallelDecoderLayer) and last.takes_tail() and not comm.is_wrapped(self.norm)
 
     def _rope(self, plan: _Plan) -> tuple[Float[Tensor, "t d"], Float[Tensor, "t d"]]:
         """Tables of the batch's tokens, worked out over the padded positions as Transformers does."""

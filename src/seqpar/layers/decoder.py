@@ -19,8 +19,8 @@ from seqpar.layers.linear import QKVParallelLinear, RowParallelLinear, enter_ste
 from seqpar.layers.mlp import ParallelMLP, given
 from seqpar.layers.norm import RMSNorm
 from seqpar.layers.ulysses import UlyssesAttention
-from seqpar.partition import HeadMap, Layout, even_split
-from seqpar.ragged import RaggedBatch
+from seqpar.partition import HeadMap, Layout, Range, even_ranges, even_split
+from seqpar.ragged import RaggedBatch, Tail
 
 __all__ = ["ParallelAttention", "ParallelDecoderLayer"]
 
@@ -110,10 +110,13 @@ class ParallelAttention(nn.Module):
         *,
         layout: Layout | None = None,
         num_tokens: int | None = None,
-    ) -> Steps[Float[Tensor, "t_local m"]]:
+        tail: Tail | None = None,
+    ) -> Steps[Float[Tensor, "t_out m"]]:
         """See `forward`; yields where its parts do."""
         if layout not in self.tp_groups:
             raise ValueError(f"`layout` must be one that was added, got {layout}; see add_layout")
+        if tail is not None and self.sequence_sharded:
+            raise _sharded_tail()
         options = given(layout=layout)
         x = yield from enter_steps(
             x,
@@ -123,7 +126,9 @@ class ParallelAttention(nn.Module):
             label=self.label,
         )
         qkv = yield from comm.call(self.qkv_proj, x, **options)
-        out = yield from comm.call(self.core, qkv, batch, cos, sin, kv, **options)
+        out = yield from comm.call(self.core, qkv, batch, cos, sin, kv, **options, **given(tail=tail))
+        if tail is not None and not tail.rows:
+            return x[:0]
         projected: Tensor = yield from comm.call(self.o_proj, out, **options)
         return projected
 
@@ -137,13 +142,14 @@ class ParallelAttention(nn.Module):
         *,
         layout: Layout | None = None,
         num_tokens: int | None = None,
-    ) -> Float[Tensor, "t_local m"]:
+        tail: Tail | None = None,
+    ) -> Float[Tensor, "t_out m"]:
         """Attend over the batch; arguments as `UlyssesAttention.forward` and the linears take them.
 
-        In, Out: x[T/sp, M], replicated over `tp`; [T/sp/tp, M] when sequence-sharded.
+        In, Out: x[T/sp, M], replicated over `tp`; [T/sp/tp, M] when sequence-sharded. With `tail`, out come its rows.
         Comm:  two all-to-alls over `sp` and one all-reduce over `tp`.
         """
-        return comm.run(self.steps(x, batch, cos, sin, kv, layout=layout, num_tokens=num_tokens))
+        return comm.run(self.steps(x, batch, cos, sin, kv, layout=layout, num_tokens=num_tokens, tail=tail))
 
 
 class ParallelDecoderLayer(nn.Module):
@@ -222,12 +228,20 @@ class ParallelDecoderLayer(nn.Module):
         kv: PagedKV | None = None,
         *,
         layout: Layout | None = None,
-    ) -> Steps[Float[Tensor, "t_local m"]]:
+        tail: Tail | None = None,
+    ) -> Steps[Float[Tensor, "t_out m"]]:
         """See `forward`; yields where its parts do."""
         tokens = self._check(x, batch, layout)
-        options: dict[str, Any] = given(layout=layout, num_tokens=tokens if self.sequence_sharded else None)
+        if tail is not None and self.sequence_sharded:
+            raise _sharded_tail()
+        options: dict[str, Any] = given(layout=layout, num_tokens=tokens.size if self.sequence_sharded else None)
         normed = yield from comm.call(self.input_layernorm, x)
-        x = x + (yield from comm.call(self.self_attn, normed, batch, cos, sin, kv, **options))
+        attended = yield from comm.call(self.self_attn, normed, batch, cos, sin, kv, **options, **given(tail=tail))
+        if tail is not None:
+            x = tail.take(x, tokens.start)
+            if not tail.rows:
+                return x
+        x = x + attended
         normed = yield from comm.call(self.post_attention_layernorm, x)
         hidden: Tensor = yield from comm.call(self.mlp, normed, **options)
         return x + hidden
@@ -241,13 +255,16 @@ class ParallelDecoderLayer(nn.Module):
         kv: PagedKV | None = None,
         *,
         layout: Layout | None = None,
-    ) -> Float[Tensor, "t_local m"]:
+        tail: Tail | None = None,
+    ) -> Float[Tensor, "t_out m"]:
         """Run the layer over one ragged batch.
 
-        In, Out: x[T/sp, M] by `even_split`, replicated over `tp`; [T/sp/tp, M] when sequence-sharded.
+        In, Out: x[T/sp, M] by `even_split`, replicated over `tp`; [T/sp/tp, M] when sequence-sharded. With `tail`, out
+            come those of its rows that x holds.
         Grad:  placed as `x`.
         Comm:  per layer two all-to-alls over `sp` and two all-reduces over `tp` (or two all-gathers and two
-            reduce-scatters); nothing over a group of one.
+            reduce-scatters); nothing over a group of one. With a `tail` all but the first all-to-all move its rows
+            only, and are left out where it has none.
 
         Args:
             x: this rank's tokens.
@@ -256,19 +273,33 @@ class ParallelDecoderLayer(nn.Module):
             sin: the same, sine.
             kv: the cache of this rank's heads, or None to attend among the new tokens alone.
             layout: one that `add_layout` recorded; the stored one by default.
+            tail: the only rows to compute, for a last layer (`RaggedBatch.tail`): of the others it appends the keys
+                and values. A rank computes those that it holds; some ranks may have none.
 
         Raises:
-            ValueError: a number of tokens that is not this rank's share of the batch.
+            ValueError: a number of tokens that is not this rank's share of the batch; a tail of sequence-sharded
+                activations, whose rows lie on other ranks than their sums.
         """
-        return comm.run(self.steps(x, batch, cos, sin, kv, layout=layout))
+        return comm.run(self.steps(x, batch, cos, sin, kv, layout=layout, tail=tail))
 
-    def _check(self, x: Tensor, batch: RaggedBatch, layout: Layout | None) -> int:
+    def takes_tail(self) -> bool:
+        """Whether `steps` may be given a `tail`: no hook and no part of another's would miss the other rows."""
+        attention = self.self_attn
+        return (
+            not self.sequence_sharded
+            and isinstance(attention, ParallelAttention)
+            and type(attention.core).steps is UlyssesAttention.steps
+            and all(comm.splits(part) for part in (self, attention, attention.core, self.mlp))
+            and not any(comm.is_wrapped(module) for module in self.modules())
+        )
+
+    def _check(self, x: Tensor, batch: RaggedBatch, layout: Layout | None) -> Range:
         """The tokens of this sequence rank, after checking that `x` holds them (or this rank's share of them)."""
         if layout not in self.ranks:
             raise ValueError(f"`layout` must be one that was added, got {layout}; see add_layout")
         place = self.ranks[layout]
-        tokens = even_split(batch.num_tokens, place.layout.sp)[place.sp_rank]
-        expected = even_split(tokens, place.layout.tp)[place.tp_rank] if self.sequence_sharded else tokens
+        tokens = even_ranges(batch.num_tokens, place.layout.sp)[place.sp_rank]
+        expected = even_split(tokens.size, place.layout.tp)[place.tp_rank] if self.sequence_sharded else tokens.size
         if x.ndim != 2 or x.shape[0] != expected:
             raise ValueError(
                 f"`x` must hold this rank's {expected} of {batch.num_tokens} tokens, got shape {list(x.shape)}"
@@ -286,6 +317,10 @@ class _Place(NamedTuple):
     @classmethod
     def of(cls, groups: Groups) -> _Place:
         return cls(groups.layout, groups.tp.rank(), groups.sp.rank())
+
+
+def _sharded_tail() -> ValueError:
+    return ValueError("`tail` must be None where activations are sequence-sharded, got one; compute all rows")
 
 
 def _child(module: nn.Module, name: str) -> nn.Module:

@@ -10,6 +10,7 @@ Source: Megatron-LM (arXiv:1909.08053) for the masked lookup.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -287,10 +288,14 @@ def gather_rows_steps(
     rows: Sequence[int] | None = None,
     num_tokens: int,
     group: ProcessGroup,
+    sizes: Sequence[int] | None = None,
     label: str = "",
 ) -> Steps[Float[Tensor, "rows m"]]:
     """See `gather_rows`; yields once."""
-    slices = even_ranges(num_tokens, group.size())
+    ends = tuple(accumulate(even_split(num_tokens, group.size()) if sizes is None else sizes))
+    if len(ends) != group.size() or ends[-1] != num_tokens:
+        raise ValueError(f"`sizes` must share {num_tokens} tokens out to {group.size()} ranks, got {list(sizes or ())}")
+    slices = [Range(a, b) for a, b in pairwise((0, *ends))]
     if rows is None:
         sizes = [tokens.size for tokens in slices]
         return (yield from comm.all_gather_steps(x, group=group, sizes=sizes, grad="replicate", label=label))
@@ -315,19 +320,20 @@ def gather_rows(
     rows: Sequence[int] | None = None,
     num_tokens: int,
     group: ProcessGroup,
+    sizes: Sequence[int] | None = None,
     label: str = "",
 ) -> Float[Tensor, "rows m"]:
     """Collect some tokens of a sequence-sharded tensor on every rank.
 
-    In:    x[T/p, M], sharded by `even_ranges(T, p)`.
+    In:    x[T/p, M], sharded by `even_ranges(T, p)`, or rank r has `sizes[r]`.
     Out:   [R, M], replicated, in the order of `rows` (all T tokens where `rows` is None).
     Grad:  the rows' gradient, replicated in, sharded out; no communication.
     Comm:  each rank sends the rows it owns to every other.
 
     Raises:
-        ValueError: a row outside [0, T).
+        ValueError: a row outside [0, T), `sizes` that do not add up.
     """
-    return comm.run(gather_rows_steps(x, rows=rows, num_tokens=num_tokens, group=group, label=label))
+    return comm.run(gather_rows_steps(x, rows=rows, num_tokens=num_tokens, group=group, sizes=sizes, label=label))
 
 
 def _check_ids(ids: Tensor, num_embeddings: int) -> None:

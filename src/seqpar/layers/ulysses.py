@@ -27,8 +27,8 @@ from seqpar.comm import Mark, ProcessGroup, Steps
 from seqpar.kernels import attention, rotary
 from seqpar.kernels.quantize import Wire, check_wire
 from seqpar.kv import PagedKV
-from seqpar.partition import HeadMap, Layout, Range, even_split
-from seqpar.ragged import RaggedBatch
+from seqpar.partition import HeadMap, Layout, Range, even_ranges, even_split
+from seqpar.ragged import RaggedBatch, Tail
 
 __all__ = ["UlyssesAttention"]
 
@@ -129,14 +129,15 @@ class UlyssesAttention(nn.Module):
         kv: PagedKV | None = None,
         *,
         layout: Layout | None = None,
-    ) -> Steps[Float[Tensor, "t_local o"]]:
+        tail: Tail | None = None,
+    ) -> Steps[Float[Tensor, "t_out o"]]:
         """See `forward`; yields at the two all-to-alls, with a `Mark` where the KV is appended between them."""
         if layout not in self.exchanges:
             raise ValueError(f"`layout` must be one that was added, got {layout}; see add_layout")
         exchange = self.exchanges[layout]
         tokens = even_split(batch.num_tokens, exchange.group.size())
         self._check(qkv, tokens[exchange.group.rank()], exchange)
-        self._check_step(qkv, batch, cos, sin, kv)
+        self._check_step(qkv, batch, cos, sin, kv, tail)
         mine = yield from comm.seq_to_heads_steps(
             qkv,
             columns=exchange.columns,
@@ -147,9 +148,17 @@ class UlyssesAttention(nn.Module):
             head_dim=self.head_dim,
         )
         q, k, v = self._split(mine)
-        q, k = self._prepare(self.q_norm, q, cos, sin), self._prepare(self.k_norm, k, cos, sin)
+        k = self._prepare(self.k_norm, k, cos, sin)
+        if tail is not None:
+            q = tail.take(q)
+            cos, sin = (None, None) if cos is None or sin is None else (tail.take(cos), tail.take(sin))
+            slices = even_ranges(batch.num_tokens, exchange.group.size())
+            tokens = tuple(len(tail.within(*rows)) for rows in slices)
+        q = self._prepare(self.q_norm, q, cos, sin)
         yield Mark(self.layer_index)
-        out = self._attend(q, k, v, batch, kv)
+        out = self._attend(q, k, v, batch, kv, tail)
+        if tail is not None and not tail.rows:
+            return out.new_empty(0, sum(exchange.widths))
         return (
             yield from comm.heads_to_seq_steps(
                 out.flatten(1),
@@ -171,11 +180,12 @@ class UlyssesAttention(nn.Module):
         kv: PagedKV | None = None,
         *,
         layout: Layout | None = None,
-    ) -> Float[Tensor, "t_local o"]:
+        tail: Tail | None = None,
+    ) -> Float[Tensor, "t_out o"]:
         """Attend.
 
         In:    qkv[T/sp, C]: `even_split` of the batch's tokens; this tp shard's columns in `HeadMap.storage` order.
-        Out:   [T/sp, H/tp * D], the same tokens, query heads in order.
+        Out:   [T/sp, H/tp * D], the same tokens (with `tail`, those of them that are in it), query heads in order.
         Grad:  placed as the inputs; gradients of replicated KV heads are summed on the way back.
         Comm:  each rank sends (q + k + v heads of the others) * D * T/sp elements, then as many for its output heads.
 
@@ -187,12 +197,13 @@ class UlyssesAttention(nn.Module):
             kv: the cache of this rank's heads. New keys and values are appended at `batch.slots`; None attends among
                 the new tokens alone.
             layout: one that `add_layout` recorded; the stored one by default.
+            tail: attend with these queries only; all keys and values are appended. Without rows it ends there.
 
         Raises:
             ValueError: tokens or columns that are not the batch's or the head map's; a gradient that would have to
-                flow into cached keys.
+                flow into cached keys; another batch's tail.
         """
-        return comm.run(self.steps(qkv, batch, cos, sin, kv, layout=layout))
+        return comm.run(self.steps(qkv, batch, cos, sin, kv, layout=layout, tail=tail))
 
     def _exchange(self, heads: HeadMap, group: ProcessGroup, tp_rank: int) -> _Exchange:
         columns = tuple(tuple(r.scale(self.head_dim) for r in ranges) for ranges in heads.columns(tp_rank))
@@ -207,9 +218,17 @@ class UlyssesAttention(nn.Module):
             )
 
     def _check_step(
-        self, qkv: Tensor, batch: RaggedBatch, cos: Tensor | None, sin: Tensor | None, kv: PagedKV | None
+        self,
+        qkv: Tensor,
+        batch: RaggedBatch,
+        cos: Tensor | None,
+        sin: Tensor | None,
+        kv: PagedKV | None,
+        tail: Tail | None,
     ) -> None:
         """Refuse what the second half of the step would, before the first collective."""
+        if tail is not None and tail.whole is not batch:
+            raise ValueError("`tail` must be of this `batch`, got another's; make it by `batch.tail(rows)`")
         table = (batch.num_tokens, self.head_dim)
         if (cos is None) != (sin is None):
             raise ValueError(f"`cos` and `sin` must be given together, got {type(cos).__name__}, {type(sin).__name__}")
@@ -245,19 +264,21 @@ class UlyssesAttention(nn.Module):
         x = x if norm is None else norm(x)
         return x if cos is None or sin is None else rotary(x, cos, sin)
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, batch: RaggedBatch, kv: PagedKV | None) -> Tensor:
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, batch: RaggedBatch, kv: PagedKV | None, tail: Tail | None
+    ) -> Tensor:
         options: dict[str, Any] = {
             "softmax_scale": self.softmax_scale,
             "window": self.window,
             "kv_head_of": self.kv_head_of,
         }
-        if kv is None:
-            return attention(q, k, v, batch, **options)[0]
-        kv.append(self.layer_index, k.detach(), v.detach(), batch)
+        if kv is not None:
+            kv.append(self.layer_index, k.detach(), v.detach(), batch)
         if batch.kv_lens == batch.q_lens:
-            return attention(q, k, v, batch.without_cache, **options)[0]
+            return attention(q, k, v, (tail or batch).without_cache, **options)[0]
+        assert kv is not None, "`_check_step` refuses cached tokens without a cache"
         k, v = kv.layer(self.layer_index)
-        return attention(q, k, v, batch, **options)[0]
+        return attention(q, k, v, batch if tail is None else tail.batch, **options)[0]
 
 
 def _unless_uniform(kv_head_of: tuple[int, ...], num_kv_heads: int) -> tuple[int, ...] | None:
