@@ -8,6 +8,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from seqpar.comm.agreement import agree
 from seqpar.comm.allreduce import Algorithm, all_reduce_algorithm
+from seqpar.comm.check import check
 from seqpar.comm.collectives import (
     all_gather_async,
     all_reduce_async,
@@ -31,9 +32,9 @@ from seqpar.comm.differentiable import (
     send_recv,
     send_recv_steps,
 )
-from seqpar.comm.handle import CommError, Handle, Mark, describe
+from seqpar.comm.handle import CommError, Handle, Mark
 from seqpar.comm.link import LINK_PRESETS, LinkCosts, SimulatedLink
-from seqpar.comm.mesh import Groups, groups, init_mesh, is_deterministic
+from seqpar.comm.mesh import Groups, describe, groups, init_mesh, is_deterministic
 from seqpar.comm.record import Count, Recorder, record
 from seqpar.comm.reshard import heads_to_seq, heads_to_seq_steps, seq_to_heads, seq_to_heads_steps
 from seqpar.comm.schedule import interleave, interleave_steps
@@ -73,6 +74,7 @@ __all__ = [
     "broadcast_async",
     "broadcast_steps",
     "call",
+    "check",
     "describe",
     "groups",
     "heads_to_seq",

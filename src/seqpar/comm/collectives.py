@@ -13,6 +13,7 @@ EPYC, 2026-11).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from math import prod
 
 import torch
@@ -22,9 +23,9 @@ from torch.distributed import ProcessGroup, Work
 
 from seqpar.comm.allreduce import all_reduce_algorithm, check_summable, sum_in_rank_order
 from seqpar.comm.flight import depart, is_watched
-from seqpar.comm.handle import Handle, describe, failure
+from seqpar.comm.handle import Handle, failure
 from seqpar.comm.link import ranks_of
-from seqpar.comm.mesh import is_deterministic
+from seqpar.comm.mesh import describe, is_deterministic
 from seqpar.comm.record import count
 from seqpar.partition import even_split
 
@@ -75,11 +76,12 @@ def all_reduce_phases(x: Tensor, group: ProcessGroup, label: str) -> tuple[Handl
     if algorithm == "backend":
         out = x.clone(memory_format=torch.contiguous_format)  # gloo reduces only part of a strided tensor
         sent_bytes = least * x.itemsize
-        return _launched(op, label, group, lambda: group.allreduce([out]), lambda: out, (out,), sent_bytes), None
+        launch = partial(group.allreduce, [out])
+        return _launched(op, label, group, launch, lambda: out, (out,), sent_bytes, x.shape), None
     sizes = even_split(n, p)
     return (
-        _reduce_parts(op, label, group, x.contiguous().view(-1), sizes),
-        lambda part: _gather_parts(op, label, group, part, sizes, lambda flat: flat.view(x.shape)),
+        _reduce_parts(op, label, group, x.contiguous().view(-1), sizes, x.shape),
+        lambda part: _gather_parts(op, label, group, part, sizes, lambda flat: flat.view(x.shape), x.shape),
     )
 
 
@@ -112,7 +114,7 @@ def all_gather_async(
         parts = zip(flat.split(elements), sizes, strict=True)
         return torch.cat([part.view(*x.shape[:dim], size, *x.shape[dim + 1 :]) for part, size in parts], dim)
 
-    return _gather_parts(op, label, group, x.contiguous().view(-1), elements, unpack)
+    return _gather_parts(op, label, group, x.contiguous().view(-1), elements, unpack, x.shape)
 
 
 def reduce_scatter_async(
@@ -140,7 +142,8 @@ def reduce_scatter_async(
     count(op, label, (x.shape[dim] - sizes[rank]) * others * x.itemsize)
     flat = x.contiguous().view(-1) if dim == 0 else torch.cat([part.reshape(-1) for part in x.split(list(sizes), dim)])
     shape = (*x.shape[:dim], sizes[rank], *x.shape[dim + 1 :])
-    return _reduce_parts(op, label, group, flat, [size * others for size in sizes]).then(lambda part: part.view(shape))
+    elements = [size * others for size in sizes]
+    return _reduce_parts(op, label, group, flat, elements, x.shape).then(lambda part: part.view(shape))
 
 
 def all_to_all_async(
@@ -173,6 +176,7 @@ def all_to_all_async(
         (x.view(-1), [size * row for size in send_sizes]),
         (out.view(-1), [size * row for size in recv_sizes]),
         lambda: out,
+        shape=x.shape,
     )
 
 
@@ -197,8 +201,8 @@ def broadcast_async(x: Tensor, *, src: int, group: ProcessGroup, label: str = ""
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if here:
         out.copy_(x)
-    moved = _as_bytes(out)
-    return _launched(op, label, group, lambda: group.broadcast(moved, src), lambda: out, (out,), sent_bytes)
+    launch = partial(group.broadcast, _as_bytes(out), src)
+    return _launched(op, label, group, launch, lambda: out, (out,), sent_bytes, x.shape, src=src)
 
 
 def reduce_async(x: Tensor, *, dst: int, group: ProcessGroup, label: str = "") -> Handle:
@@ -220,9 +224,9 @@ def reduce_async(x: Tensor, *, dst: int, group: ProcessGroup, label: str = "") -
     flat = x.detach().contiguous().view(-1)
     count(op, label, 0 if rank == dst else n * x.itemsize)
     if rank != dst:
-        sizes = _only(dst, n, p)
-        recv = flat.new_empty(0)
-        return exchange(op, label, group, (flat, sizes), (recv, [0] * p), lambda: torch.zeros_like(flat).view(x.shape))
+        nothing = flat.new_empty(0), [0] * p
+        send = flat, _only(dst, n, p)
+        return exchange(op, label, group, send, nothing, lambda: torch.zeros_like(flat).view(x.shape), shape=x.shape)
     recv = flat.new_empty((p - 1) * n)
     return exchange(
         op,
@@ -232,6 +236,7 @@ def reduce_async(x: Tensor, *, dst: int, group: ProcessGroup, label: str = "") -
         (recv, _all_but(rank, n, p)),
         lambda: _sum_with_own(recv, flat, p, rank).view(x.shape),
         (flat,),
+        x.shape,
     )
 
 
@@ -269,12 +274,14 @@ def send_recv_async(
         dist.P2POp(dist.isend, _as_bytes(x), group=group, tag=tag, group_peer=dst),
         dist.P2POp(dist.irecv, _as_bytes(out), group=group, tag=tag, group_peer=src),
     ]
-    return _launched(op, label, group, lambda: dist.batch_isend_irecv(ops), lambda: out, (x, out), sent_bytes)
+    launch = partial(dist.batch_isend_irecv, ops)
+    sizes = ((x.numel(),), (out.numel(),))
+    return _launched(op, label, group, launch, lambda: out, (x, out), sent_bytes, x.shape, sizes, src, dst)
 
 
 def _alone(op: str, label: str, group: ProcessGroup, x: Tensor, elements: int) -> Handle:
     """A collective of one rank, whose link may have it take the time of sending `elements`."""
-    flight = depart(op, label, group, x.device, elements * x.itemsize) if ranks_of(group) > 1 else None
+    flight = depart(op, label, group, x, elements * x.itemsize, x.shape) if ranks_of(group) > 1 else None
     return Handle.finished(op, label, group, x, flight)
 
 
@@ -306,21 +313,22 @@ def exchange(
     recv: Part,
     finish: Callable[[], Tensor],
     held: tuple[Tensor, ...] = (),
+    shape: Sequence[int] | None = None,
 ) -> Handle:
     """Launch the exchange that all others are made of, of flat contiguous buffers in rank order.
 
-    `held` is what `finish` reads besides them.
+    `held` is what `finish` reads besides them, `shape` that of the tensor that the caller was given.
     """
     (source, send_sizes), (target, recv_sizes) = send, recv
+    flight = None
+    if is_watched():
+        sent_bytes = (sum(send_sizes) - send_sizes[group.rank()]) * source.itemsize
+        flight = depart(op, label, group, source, sent_bytes, shape, (send_sizes, recv_sizes))
     sent, received = source, target
     if source.dtype not in _MOVED_AS_THEY_ARE:
         sent, received = _as_bytes(source), _as_bytes(target)
         send_sizes = [size * source.itemsize for size in send_sizes]
         recv_sizes = [size * source.itemsize for size in recv_sizes]
-    flight = None
-    if is_watched():
-        sent_bytes = (sum(send_sizes) - send_sizes[group.rank()]) * sent.itemsize
-        flight = depart(op, label, group, sent.device, sent_bytes)
     try:
         work = group.alltoall_base(received, sent, recv_sizes, send_sizes)
     except RuntimeError as error:
@@ -346,8 +354,12 @@ def _launched(
     finish: Callable[[], Tensor],
     buffers: Sequence[Tensor],
     sent_bytes: int,
+    shape: Sequence[int] | None = None,
+    sizes: tuple[Sequence[int], Sequence[int]] | None = None,
+    src: int | None = None,
+    dst: int | None = None,
 ) -> Handle:
-    flight = depart(op, label, group, buffers[0].device, sent_bytes)
+    flight = depart(op, label, group, buffers[0], sent_bytes, shape, sizes, src, dst)
     try:
         works = launch()
     except RuntimeError as error:
@@ -369,10 +381,18 @@ def _one_shot(op: str, label: str, group: ProcessGroup, x: Tensor) -> Handle:
         (recv, sizes),
         lambda: _sum_with_own(recv, flat, p, rank).view(x.shape),
         (flat,),
+        x.shape,
     )
 
 
-def _reduce_parts(op: str, label: str, group: ProcessGroup, flat: Tensor, sizes: Sequence[int]) -> Handle:
+def _reduce_parts(
+    op: str,
+    label: str,
+    group: ProcessGroup,
+    flat: Tensor,
+    sizes: Sequence[int],
+    shape: Sequence[int] | None = None,
+) -> Handle:
     """The flat sum over the ranks of this rank's part of `flat`, whose parts are of `sizes`."""
     p, rank, mine = group.size(), group.rank(), sizes[group.rank()]
     if flat.is_cuda and not is_deterministic(group) and len(set(sizes)) == 1:
@@ -385,6 +405,7 @@ def _reduce_parts(op: str, label: str, group: ProcessGroup, flat: Tensor, sizes:
             lambda: out,
             (out, flat),
             (flat.numel() - mine) * flat.itemsize,
+            shape,
         )
     send, send_sizes, trimmed = _trim(flat, sizes, rank)
     recv = flat.new_empty((p - trimmed) * mine)
@@ -395,7 +416,7 @@ def _reduce_parts(op: str, label: str, group: ProcessGroup, flat: Tensor, sizes:
         return sum_in_rank_order(recv.view(p, mine).unbind(0))
 
     recv_sizes = _all_but(rank, mine, p) if trimmed else [mine] * p
-    return exchange(op, label, group, (send, send_sizes), (recv, recv_sizes), finish)
+    return exchange(op, label, group, (send, send_sizes), (recv, recv_sizes), finish, shape=shape)
 
 
 def _gather_parts(
@@ -405,6 +426,7 @@ def _gather_parts(
     part: Tensor,
     sizes: Sequence[int],
     unpack: Callable[[Tensor], Tensor],
+    shape: Sequence[int] | None = None,
 ) -> Handle:
     """The ranks' flat parts, of `sizes`, one after another, through `unpack`."""
     p, rank = group.size(), group.rank()
@@ -418,6 +440,7 @@ def _gather_parts(
             lambda: unpack(out),
             (out, part),
             (p - 1) * part.numel() * part.itemsize,
+            shape,
         )
     recv, recv_sizes, trimmed = _trim(out, sizes, rank)
     copies = p - trimmed
@@ -425,7 +448,7 @@ def _gather_parts(
     send = part if copies == 1 else part.repeat(copies)
     if trimmed and part.is_cuda:
         out[_own(sizes, rank)] = part  # before the launch, which orders every stream that waits after it
-    handle = exchange(op, label, group, (send, send_sizes), (recv, recv_sizes), lambda: unpack(out))
+    handle = exchange(op, label, group, (send, send_sizes), (recv, recv_sizes), lambda: unpack(out), shape=shape)
     if trimmed and not part.is_cuda:
         out[_own(sizes, rank)] = part  # while the others' parts are under way
     return handle

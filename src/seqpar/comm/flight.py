@@ -1,4 +1,4 @@
-"""One launch, as the simulated link in force delays it and the trace in force sees it."""
+"""One launch, as the check in force compares it, the simulated link delays it and the trace sees it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup, Work
 
+from seqpar.comm.check import current_check
 from seqpar.comm.link import SimulatedLink, link_of, simulates
 from seqpar.comm.trace import Trace, Transfer, current_trace
 
@@ -16,25 +17,50 @@ __all__ = ["Flight", "depart", "is_watched"]
 
 
 def is_watched() -> bool:
-    """Whether a link or a trace is in force in this thread."""
-    return simulates() or current_trace() is not None
+    """Whether a check, a link or a trace is in force in this thread."""
+    return simulates() or current_trace() is not None or current_check() is not None
 
 
-def depart(op: str, label: str, group: ProcessGroup, device: torch.device, num_bytes: int) -> Flight | None:
+def depart(
+    op: str,
+    label: str,
+    group: ProcessGroup,
+    x: Tensor,
+    num_bytes: int,
+    shape: Sequence[int] | None,
+    sizes: tuple[Sequence[int], Sequence[int]] | None = None,
+    src: int | None = None,
+    dst: int | None = None,
+) -> Flight | None:
     """What to tell the link and the trace in force of a launch that sends `num_bytes`; None where there is neither.
 
+    Args:
+        op: the collective.
+        label: who asked for it.
+        group: its ranks.
+        x: a buffer of its dtype and on its device.
+        num_bytes: sent by this rank.
+        shape: of what the caller was given, where that is known.
+        sizes: elements sent to each rank and received from each; with `dst`, sent to it and received from `src`.
+        src: the rank that alone sends, or that sends to this one.
+        dst: the rank that this one sends to.
+
     Raises:
-        ValueError: a simulated link, and tensors that are neither on a CPU nor on CUDA.
+        ValueError: other ranks launch something else, where a check is in force; a simulated link, and tensors that are
+            neither on a CPU nor on CUDA.
     """
+    checker = current_check()
+    if checker is not None:
+        checker.launch(op, label, group, x.dtype, shape, sizes, src, dst)
     link, trace = link_of(group), current_trace()
     if link is None and trace is None:
         return None
-    if link is not None and device.type not in ("cpu", "cuda"):
+    if link is not None and x.device.type not in ("cpu", "cuda"):
         raise ValueError(
-            f"simulated links must be used on CPU or CUDA tensors, got `{op}` of `{label}` on {device}; "
+            f"simulated links must be used on CPU or CUDA tensors, got `{op}` of `{label}` on {x.device}; "
             "leave out `link.on`"
         )
-    return Flight(op, label, device, num_bytes, link, trace)
+    return Flight(op, label, x.device, num_bytes, link, trace)
 
 
 class Flight:

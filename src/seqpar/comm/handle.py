@@ -11,24 +11,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup, Work
 
 from seqpar.comm.flight import Flight
+from seqpar.comm.mesh import describe
 from seqpar.comm.stream import CPU_STREAM, CPUStream, current_stream, follow, hold_for, use_stream
 
-__all__ = ["CommError", "Handle", "Mark", "describe", "failure"]
+__all__ = ["CommError", "Handle", "Mark", "failure"]
 
 
 class CommError(RuntimeError):
     """A collective failed: another rank died, raised, or did not come within the timeout."""
-
-
-def describe(group: ProcessGroup) -> str:
-    """A group for people: its description and its global ranks."""
-    ranks = ", ".join(map(str, dist.get_process_group_ranks(group)))
-    return f"group `{group.group_desc}` (ranks {ranks})"
 
 
 def failure(op: str, label: str, group: ProcessGroup, error: RuntimeError) -> CommError:

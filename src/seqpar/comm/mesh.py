@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from seqpar.partition import Layout
 
-__all__ = ["Groups", "groups", "init_mesh", "is_deterministic"]
+__all__ = ["Groups", "describe", "groups", "init_mesh", "is_deterministic"]
 
 AXES = ("tp", "sp")
 FLAT = "tp_sp"
@@ -95,6 +95,12 @@ def groups(mesh: DeviceMesh) -> Groups:
         raise ValueError(f"ranks of `mesh` must increase along its axes, got {mesh.mesh.tolist()}")
     layout = Layout(mesh.size(0), mesh.size(1))
     return Groups(layout, mesh.get_group("tp"), mesh.get_group("sp"), flat)
+
+
+def describe(group: ProcessGroup) -> str:
+    """A group for people: its description and its global ranks."""
+    ranks = ", ".join(map(str, dist.get_process_group_ranks(group)))
+    return f"group `{group.group_desc}` (ranks {ranks})"
 
 
 def is_deterministic(group: ProcessGroup) -> bool:

@@ -25,7 +25,8 @@ from torch.distributed import ProcessGroup
 
 from seqpar.comm.collectives import exchange
 from seqpar.comm.differentiable import _back, _plain, with_adjoint
-from seqpar.comm.handle import Handle, describe
+from seqpar.comm.handle import Handle
+from seqpar.comm.mesh import describe
 from seqpar.comm.record import count
 from seqpar.comm.steps import Steps
 from seqpar.comm.wire import RowCode

@@ -1,0 +1,280 @@
+"""Whether all ranks launch the same, asked before each launch instead of found by a hang.
+
+Under `check()` a launch first says what it is about to do in the key-value store through which the ranks met, and goes
+on once the launches of all ranks of its group are there and fit. Another collective would have been quicker to write;
+but where collectives differ, it hangs or aborts like those that it is to check.
+
+The last rank to come compares. Its verdict, or that of a rank which has waited in vain, is set once (the store's
+compare-and-set), so all ranks go on, or all raise the same error. Keys are overwritten step by step: a context leaves
+two for each rank, and for each group one for each of its ranks and two more.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore
+from torch.distributed import ProcessGroup
+from torch.distributed.distributed_c10d import _get_default_store
+
+from seqpar.comm.mesh import describe
+
+__all__ = ["Checker", "check", "current_check"]
+
+
+class _Launch(NamedTuple):
+    """What a rank is about to do; without an `op`, to leave the context.
+
+    Attributes:
+        op: the collective.
+        label: who asked for it.
+        dtype: of what travels.
+        shape: of what the caller was given.
+        sends: elements for each rank of an exchange.
+        recvs: elements from each rank of an exchange.
+        src: the rank that alone sends.
+    """
+
+    op: str = ""
+    label: str = ""
+    dtype: str = ""
+    shape: Sequence[int] | None = None
+    sends: Sequence[int] | None = None
+    recvs: Sequence[int] | None = None
+    src: int | None = None
+
+    def __str__(self) -> str:
+        if not self.op:
+            return "left `comm.check()`"
+        label = f" of `{self.label}`" if self.label else ""
+        source = "" if self.src is None else f" from rank {self.src}"
+        shape = "" if self.shape is None else f" {list(self.shape)}"
+        return f"launched `{self.op}`{label}{source}{shape} {self.dtype}"
+
+    def key(self) -> tuple[object, ...]:
+        """What all ranks must have in common, besides sizes that fit."""
+        label = None if self.op == "send_recv" else self.label  # stages of a pipeline hand over under their own names
+        shape = None if self.op in _UNEVEN else self.shape
+        return self.op, label, self.dtype, shape, self.src, self.sends is None
+
+
+_UNEVEN = frozenset({"all_gather", "all_to_all", "send_recv"})  # ranks may hold different shapes
+
+
+class _Channel:
+    """Launches among the same ranks, which they number alike."""
+
+    def __init__(self, group: ProcessGroup, ranks: Sequence[int], name: str, where: str) -> None:
+        self.ranks, self.name, self.where = ranks, name, where
+        self.global_ranks = [dist.get_global_rank(group, rank) for rank in ranks]
+        self.place = ranks.index(group.rank())
+        self.step = 0
+
+    @property
+    def here(self) -> str:
+        return f"step {self.step} of {self.where}" if self.where else "the end of `comm.check()`"
+
+    def difference(self, launches: Sequence[_Launch]) -> str | None:
+        """The first launch of this step that does not fit those of the ranks before, and why."""
+        ranks, first = self.ranks, launches[0]
+        for mine, launch in enumerate(launches):
+            head = f"rank {ranks[mine]} {launch} at {self.here}"
+            if launch.key() != first.key():
+                how = ", by another algorithm" if str(launch) == str(first) else ""
+                return f"{head}, where rank {ranks[0]} {first}{how}; {_RULE}"
+            for other in range(mine):
+                if (sizes := _sizes(launches[other], launch, other, mine)) is not None:
+                    return f"{head} and awaits {sizes[1]} elements of rank {ranks[other]}, which sends {sizes[0]}"
+                if (sizes := _sizes(launch, launches[other], mine, other)) is not None:
+                    return f"{head} and sends {sizes[0]} elements to rank {ranks[other]}, which awaits {sizes[1]}"
+        return None
+
+
+_RULE = "ranks must launch the same collectives in the same order"
+
+
+def _sizes(sender: _Launch, receiver: _Launch, source: int, target: int) -> tuple[int, int] | None:
+    """Elements sent and elements awaited, where these are not the same."""
+    if sender.sends is None or receiver.recvs is None or sender.sends[target] == receiver.recvs[source]:
+        return None
+    return sender.sends[target], receiver.recvs[source]
+
+
+class Checker:
+    """What one `check()` context knows; every launch in it passes `launch`."""
+
+    def __init__(self, timeout_s: float) -> None:
+        store, self._rank = _get_default_store(), dist.get_rank()
+        entry = store.add(f"seqpar.check/{self._rank}", 1)  # ranks enter equally often, so this names the context
+        self._store = PrefixStore(f"seqpar.check/{entry}", store)
+        self._timeout_s = timeout_s
+        self._channels: dict[str, _Channel] = {}
+
+    def launch(
+        self,
+        op: str,
+        label: str,
+        group: ProcessGroup,
+        dtype: torch.dtype,
+        shape: Sequence[int] | None,
+        sizes: tuple[Sequence[int], Sequence[int]] | None,
+        src: int | None,
+        dst: int | None,
+    ) -> None:
+        """Return when all ranks of the group launch what fits.
+
+        Raises:
+            ValueError: they do not.
+        """
+        name, where, p = group.group_name, describe(group), group.size()
+        launch = _Launch(op, label, str(dtype).removeprefix("torch."), shape, src=src)
+        if dst is None:
+            sends, recvs = (None, None) if sizes is None else sizes
+            launches = [(self._channel(group, name, range(p), where), launch._replace(sends=sends, recvs=recvs))]
+        else:  # a send concerns two ranks; the rest of the group may do something else
+            assert src is not None and sizes is not None
+            launches = [
+                (
+                    self._channel(group, f"{name}/{a}-{b}", (a, b), f"the sends from rank {a} to rank {b} of {where}"),
+                    launch._replace(src=None, sends=(0, sent), recvs=(awaited, 0)),
+                )
+                for a, b, sent, awaited in ((group.rank(), dst, *sizes[0], 0), (src, group.rank(), 0, *sizes[1]))
+            ]
+        for channel, mine in launches:  # say all before waiting: in a ring everybody waits for somebody
+            self._arrive(channel, mine)
+        for channel, _ in launches:
+            self._await(channel)
+
+    def leave(self) -> None:
+        """Let the others know that this rank launches no more, and return when all ranks do."""
+        self._store.set(f"left/{self._rank}", "")
+        world = dist.group.WORLD
+        assert world is not None
+        channel = self._channel(world, "world", range(world.size()), "")
+        self._arrive(channel, _Launch())
+        self._await(channel)
+
+    def abandon(self, error: BaseException) -> None:
+        """Let the others know why this rank launches no more."""
+        how = f"left `comm.check()` by {type(error).__name__}: {error}"
+        self._fail(f"rank {self._rank} of the world {how}; it {self._last(self._rank)}")
+
+    def _channel(self, group: ProcessGroup, name: str, ranks: Sequence[int], where: str) -> _Channel:
+        channel = self._channels.get(name)
+        if channel is None:
+            channel = self._channels[name] = _Channel(group, ranks, name, where)
+            self._settle(channel, "", "0")
+        return channel
+
+    def _arrive(self, channel: _Channel, launch: _Launch) -> None:
+        """Say what this rank is about to do; the last one to come compares."""
+        channel.step += 1
+        if launch.op:
+            self._store.set(f"last/{self._rank}", f"last {launch} at {channel.here}")
+        self._store.set(f"{channel.name}/{channel.place}", json.dumps([channel.step, *launch]))
+        if self._store.add(f"{channel.name}/arrived", 1) == channel.step * len(channel.ranks):
+            launches = [_Launch(*self._posted(channel, place)[1:]) for place in range(len(channel.ranks))]
+            verdict = channel.difference(launches) or str(channel.step)
+            self._settle(channel, str(channel.step - 1), verdict)
+
+    def _await(self, channel: _Channel) -> None:
+        """Return when all ranks have come to this step, and what they launch fits."""
+        deadline, pause_s = time.monotonic() + self._timeout_s, 2e-5
+        while (verdict := self._verdict(channel)) == str(channel.step - 1):
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, 1e-3)
+            if pause_s == 1e-3:
+                error = self._read("error") or self._missing(channel, late=time.monotonic() > deadline)
+                if error:
+                    self._settle(channel, verdict, error)
+        if verdict != str(channel.step):
+            self._fail(verdict)
+            raise ValueError(verdict)
+
+    def _fail(self, error: str) -> None:
+        """Let all other groups fail by the first error, too."""
+        self._store.compare_set("error", "", error)
+
+    def _verdict(self, channel: _Channel) -> str:
+        """The last step that all ranks went on with, or the error that ended it."""
+        return self._store.get(f"{channel.name}/verdict").decode()
+
+    def _settle(self, channel: _Channel, before: str, verdict: str) -> None:
+        self._store.compare_set(f"{channel.name}/verdict", before, verdict)
+
+    def _posted(self, channel: _Channel, place: int) -> list[Any]:
+        """The step and the launch that a rank was last at."""
+        posted = self._read(f"{channel.name}/{place}")
+        return list(json.loads(posted)) if posted else [0]
+
+    def _missing(self, channel: _Channel, *, late: bool) -> str | None:
+        """The error of the first rank that has not come to this step, if it is late or will not come any more."""
+        for place, rank in enumerate(channel.ranks):
+            global_rank = channel.global_ranks[place]
+            left = self._store.check([f"left/{global_rank}"])
+            if (late or left) and self._posted(channel, place)[0] < channel.step:
+                how = "left `comm.check()` before" if left else f"did not come within {self._timeout_s:g} s to"
+                mine = _Launch(*self._posted(channel, channel.place)[1:])
+                me = channel.ranks[channel.place]
+                return (
+                    f"rank {rank} {how} {channel.here}, where rank {me} {mine}; rank {rank} {self._last(global_rank)}"
+                )
+        return None
+
+    def _last(self, global_rank: int) -> str:
+        return self._read(f"last/{global_rank}") or "launched nothing"
+
+    def _read(self, key: str) -> str:
+        return self._store.get(key).decode() if self._store.check([key]) else ""
+
+
+_CHECKER: ContextVar[Checker | None] = ContextVar("seqpar_check", default=None)
+
+
+@contextmanager
+def check(*, timeout_s: float = 10.0) -> Iterator[None]:
+    """Compare what the ranks of a group are about to launch, before each collective of the context; for debugging.
+
+    All ranks of the world enter and leave it together. What differs, the collective, the label, shape, dtype or sizes,
+    or that a rank does not come, is an error on all of them instead of a hang; results are what they are without it.
+    It sees collectives of this package that are launched in this thread. Those of a group must be the same on all its
+    ranks, except for the sizes that an exchange or a gather may have; a send must fit its receive.
+
+    Comm:  some small messages by way of the process group's store, and all ranks of a group wait for each other, before
+        each launch.
+
+    Args:
+        timeout_s: how long a rank may keep the others waiting, with its compute before a launch for one.
+
+    Raises:
+        ValueError: the first difference, naming the rank, the step and both sides, on all ranks of the group, of which
+            some may already have left the context; a timeout that is not positive; no process group.
+    """
+    if not timeout_s > 0:
+        raise ValueError(f"`timeout_s` must be > 0, got {timeout_s}")
+    if not dist.is_initialized():
+        raise ValueError(
+            "`check` must be entered after the ranks have met, got no process group; call `init_mesh` first"
+        )
+    checker = Checker(timeout_s)
+    token = _CHECKER.set(checker)
+    try:
+        yield
+        checker.leave()
+    except BaseException as error:
+        checker.abandon(error)
+        raise
+    finally:
+        _CHECKER.reset(token)
+
+
+def current_check() -> Checker | None:
+    """The check in force."""
+    return _CHECKER.get()
