@@ -96,8 +96,11 @@ def test_steps_with_gradients_are_not_cut() -> None:
 
 def refusals(mesh: comm.DeviceMesh) -> None:
     model, ids = tiny_model("llama"), torch.arange(12)[None]
-    with own_errors(), pytest.raises(TypeError, match="`overlap` must be an Interleave or \"off\", got 'auto'"):
-        parallelize(model, mesh, overlap="auto")
+    with (
+        own_errors(),
+        pytest.raises(TypeError, match='`overlap` must be an Interleave, an AutoOverlap, "auto" or "off", got 2'),
+    ):
+        parallelize(model, mesh, overlap=2)
     with parallelize(model, mesh, overlap=Interleave(2, min_tokens=4)), torch.no_grad():
         hook = model.model.layers[1].mlp.down_proj.register_forward_hook(lambda *_: None)
         refused = pytest.raises(ValueError, match=r'`overlap` must be "off".*on `layers.1.mlp.down_proj`; remove them')

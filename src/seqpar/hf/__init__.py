@@ -3,12 +3,14 @@
 The only part of seqpar that imports `transformers`.
 """
 
+from seqpar.hf.auto import AutoOverlap
 from seqpar.hf.backbone import LMHead, ParallelBackbone
 from seqpar.hf.cache import ParallelCache
 from seqpar.hf.loading import load
 from seqpar.hf.swap import LoadReport, Parallelized, parallelize
 
 __all__ = [
+    "AutoOverlap",
     "LMHead",
     "LoadReport",
     "ParallelBackbone",

@@ -8,7 +8,7 @@ program; `stack_steps` is the part of it that a schedule can run once for each c
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -21,6 +21,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from seqpar import comm
 from seqpar.comm import Groups, Steps
+from seqpar.hf.auto import AutoOverlap, called_whole
 from seqpar.hf.cache import CacheSpec, CacheStore, ParallelCache, store_of
 from seqpar.hf.padding import Padding, check_windows
 from seqpar.kv import PagedKV
@@ -84,7 +85,8 @@ class ParallelBackbone(nn.Module):
         vocab_size: ids that the embedding knows.
         windows: sliding window of each layer.
         sequence_sharded: activations are split over `tp` as well.
-        overlap: how large steps are cut into chunks that hide each other's collectives; None for not at all.
+        overlap: how large steps are cut into chunks that hide each other's collectives, or who decides that; None for
+            not at all.
     """
 
     label: str = ""
@@ -103,7 +105,7 @@ class ParallelBackbone(nn.Module):
         vocab_size: int,
         windows: Sequence[int | None],
         sequence_sharded: bool = False,
-        overlap: Interleave | None = None,
+        overlap: Interleave | AutoOverlap | None = None,
     ) -> None:
         super().__init__()
         self.overlap = overlap
@@ -302,7 +304,7 @@ class ParallelBackbone(nn.Module):
         if store is None and position_ids is not None and attention_mask is None:
             padding = Padding.packed(shape, places.expand(shape))
         positions = padding.pack(places.expand(shape))
-        cuts = () if gradients else self._cuts(padding)  # gradients do not flow through a cache
+        cuts = () if gradients else self._cuts(padding, store)  # gradients do not flow through a cache
         if store is None and not cuts:
             batch = RaggedBatch.build(padding.q_lens, padding.q_lens, positions=positions, device=device)
             return _Plan(padding, batch, places)
@@ -316,10 +318,13 @@ class ParallelBackbone(nn.Module):
         inputs = () if inputs_embeds is None else (inputs_embeds,)
         return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*inputs, *self.parameters()))
 
-    def _cuts(self, padding: Padding) -> tuple[int, ...]:
+    def _cuts(self, padding: Padding, store: CacheStore | None) -> tuple[int, ...]:
         """Where a step without gradients is cut; rows that hold several sequences each are not."""
         if self.overlap is None or len(padding.q_lens) != padding.shape[0]:
             return ()
+        if isinstance(self.overlap, AutoOverlap):
+            cached = store.lengths if store is not None and store.lengths else (0,) * len(padding.q_lens)
+            return self.overlap.cuts_of(padding.q_lens, cached, self.layers, group=self.groups.flat)
         cuts = self.overlap.cuts_of(padding.num_tokens)
         whole = next(called_whole(self.layers, "layers"), None) if cuts else None
         if whole is not None:
@@ -394,17 +399,6 @@ class ParallelBackbone(nn.Module):
         for name, value in options.items():
             if value is not None and value is not False and name not in _FOR_THE_LOSS:
                 raise TypeError(f"`{name}` must not be given to a parallelized model, got {type(value).__name__}")
-
-
-def called_whole(root: nn.Module, path: str) -> Iterator[str]:
-    """Paths of the modules below `root` that have steps which `comm.call` would not join, so that nothing overlaps."""
-    for name, child in root.named_children():
-        below = f"{path}.{name}"
-        if any(hasattr(type(module), "steps") for module in child.modules()):
-            if comm.splits(child) or isinstance(child, nn.ModuleList):
-                yield from called_whole(child, below)
-            else:
-                yield below
 
 
 class LMHead(ParallelLMHead):

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from seqpar import comm
 from seqpar.comm import DeviceMesh
 from seqpar.hf.agreed import agreed, check_same
+from seqpar.hf.auto import AutoOverlap
 from seqpar.hf.backbone import LMHead
 from seqpar.hf.checkpoint import DTYPES, Checkpoint, parse_object
 from seqpar.hf.models import ARCHITECTURES, check_config
@@ -35,7 +36,7 @@ def load(
     device: torch.device | str | None = None,
     progress: bool | None = None,
     sequence_sharded: bool = False,
-    overlap: Interleave | Literal["off"] = "off",
+    overlap: Interleave | AutoOverlap | Literal["auto", "off"] = "off",
 ) -> PreTrainedModel:
     """Load a causal LM from safetensors, each rank its own slices.
 

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from seqpar import comm
 from seqpar.comm import DeviceMesh, Groups
 from seqpar.hf.agreed import agreed, check_same
+from seqpar.hf.auto import AutoOverlap
 from seqpar.hf.backbone import KEEP, LMHead, ParallelBackbone
 from seqpar.hf.cache import CacheSpec
 from seqpar.hf.generation import parallel_generate
@@ -124,6 +125,13 @@ class Parallelized:
         """
         return {**self.model.state_dict(), **gather_state_dict(self.model)}
 
+    def explain_overlap(self) -> str:
+        """How steps are cut into chunks and, where that was decided by measurement, why; a table for people."""
+        overlap = self.model.model.overlap
+        if isinstance(overlap, AutoOverlap):
+            return overlap.explain()
+        return "off: every step runs whole" if overlap is None else f"as given: {overlap}"
+
     @property
     def weight_bytes(self) -> int:
         """Bytes of the parameters that this rank stores."""
@@ -153,7 +161,7 @@ def parallelize(
     mesh: DeviceMesh,
     *,
     sequence_sharded: bool = False,
-    overlap: Interleave | Literal["off"] = "off",
+    overlap: Interleave | AutoOverlap | Literal["auto", "off"] = "off",
 ) -> Parallelized:
     """Swap the stack and the head of a model for parallel ones, in place.
 
@@ -167,7 +175,9 @@ def parallelize(
         sequence_sharded: split activations between the linears over `tp` too: reduce-scatters and all-gathers replace
             the all-reduces, and norms are not repeated (arXiv:2205.05198).
         overlap: cut large steps into chunks whose collectives hide under each other's compute (ISO); the same results,
-            up to rounding. Steps below its gate and steps with gradients run as they are.
+            up to rounding. Steps below its gate and steps with gradients run as they are. "auto" decides by what the
+            layers and their collectives take on these ranks, measured at the first step above the gate of
+            `AutoOverlap`; `explain_overlap` says why.
 
     Comm:  agreement on the model and on samples of its weights.
 
@@ -191,7 +201,7 @@ def build(
     groups: Groups,
     *,
     sequence_sharded: bool = False,
-    overlap: Interleave | Literal["off"] = "off",
+    overlap: Interleave | AutoOverlap | Literal["auto", "off"] = "off",
 ) -> tuple[ParallelBackbone, ParallelLMHead]:
     """The parallel modules for a model; meta weights give meta slices.
 
@@ -199,8 +209,9 @@ def build(
         ValueError: its heads cannot be split over the mesh.
         TypeError: an overlap that is none.
     """
-    if overlap != "off" and not isinstance(overlap, Interleave):
-        raise TypeError(f'`overlap` must be an Interleave or "off", got {overlap!r}')
+    if overlap not in ("auto", "off") and not isinstance(overlap, (Interleave, AutoOverlap)):
+        raise TypeError(f'`overlap` must be an Interleave, an AutoOverlap, "auto" or "off", got {overlap!r}')
+    chosen = AutoOverlap() if overlap == "auto" else None if overlap == "off" else overlap
     config, stack = model.config, model.model
     heads = HeadMap(config.num_attention_heads, config.num_key_value_heads, *groups.layout)
     windows = sliding_windows(config)
@@ -229,7 +240,7 @@ def build(
         vocab_size=embedding.num_embeddings,
         windows=windows,
         sequence_sharded=sequence_sharded,
-        overlap=overlap if isinstance(overlap, Interleave) else None,
+        overlap=chosen,
     )
     if model.lm_head.weight is stack.embed_tokens.weight:
         return backbone, LMHead.tied(embedding, groups=groups)

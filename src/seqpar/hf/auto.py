@@ -1,0 +1,140 @@
+"""`overlap="auto"`: cuts of each step from costs that were measured on the ranks at hand, when one was first needed."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+from torch import nn
+from tqdm import tqdm  # type: ignore[import-untyped]
+
+from seqpar import comm
+from seqpar.comm import ProcessGroup
+from seqpar.layers import ParallelAttention, ParallelDecoderLayer
+from seqpar.plan import LayerCosts, OverlapChoice, calibrate, overlap
+
+__all__ = ["AutoOverlap", "called_whole"]
+
+_LARGEST = 8192  # tokens of the largest prompt that is measured; costs go straight on from there
+_KEPT = 64  # decisions
+
+
+class AutoOverlap:
+    """Decides for every step whether it is cut into chunks, and where; the same on every rank.
+
+    The first step of at least `min_tokens` measures a layer or two (`plan.calibrate`, for about as long as a few such
+    steps take in them); one that is far longer than what was measured does so again. Below the gate nothing is measured
+    or decided, and decodes, where each request has one new token, always run whole.
+
+    Args:
+        min_tokens: smaller steps run whole.
+        costs: measured earlier (`LayerCosts.load`); then nothing is measured.
+        chunks: numbers of chunks to consider.
+        margin: what a cut must be predicted to save.
+
+    Attributes:
+        costs: those that it decides by; None until they have been measured.
+        latest: the decision on the last step that was above the gate.
+
+    Raises:
+        ValueError: a gate below two tokens, or numbers of chunks below two.
+    """
+
+    def __init__(
+        self,
+        *,
+        min_tokens: int = 512,
+        costs: LayerCosts | None = None,
+        chunks: Sequence[int] = (2, 3, 4),
+        margin: float = 0.03,
+    ) -> None:
+        if min_tokens < 2 or not chunks or min(chunks) < 2:
+            raise ValueError(f"`min_tokens` and `chunks` must be at least 2, got {min_tokens} and {list(chunks)}")
+        self.min_tokens, self.chunks, self.margin = min_tokens, tuple(chunks), margin
+        self.costs = costs
+        self.latest: OverlapChoice | None = None
+        self._whole: str | None = None
+        self._reaches = 0 if costs is None else sys.maxsize
+        self._decided: dict[tuple[tuple[int, ...], tuple[int, ...]], OverlapChoice] = {}
+
+    def cuts_of(
+        self, q_lens: Sequence[int], cached: Sequence[int], layers: nn.ModuleList, *, group: ProcessGroup
+    ) -> tuple[int, ...]:
+        """Where to cut a step; nowhere below the gate, and while a layer is called as a whole.
+
+        Args:
+            q_lens: new tokens of each request.
+            cached: tokens of each that are cached already.
+            layers: the model's, to measure.
+            group: all ranks.
+
+        Comm:  when it measures.
+        """
+        total = sum(q_lens)
+        if total < self.min_tokens or max(q_lens) == 1:
+            return ()
+        self._whole = next(called_whole(layers, "layers"), None)
+        if self._whole is not None:  # nothing of it would overlap, and measuring would call its hooks
+            return ()
+        if min(total, _LARGEST) > 2 * self._reaches:
+            self.costs = self._measure(layers, min(total, _LARGEST), group)
+            self._decided.clear()
+        assert self.costs is not None
+        key = tuple(q_lens), tuple(cached)
+        if key not in self._decided:
+            while len(self._decided) >= _KEPT:
+                del self._decided[next(iter(self._decided))]
+            self._decided[key] = overlap(
+                self.costs,
+                key[0],
+                num_layers=len(layers),
+                prefix=key[1],
+                chunks=self.chunks,
+                margin=self.margin,
+            )
+        self.latest = self._decided[key]
+        return self.latest.cuts
+
+    def explain(self) -> str:
+        """Why the last step was cut as it was."""
+        if self._whole is not None:
+            return f"run whole: `{self._whole}` has hooks or a wrapper, so that nothing in it would overlap"
+        if self.latest is not None:
+            return self.latest.explain()
+        return f"undecided: no step of at least {self.min_tokens} tokens so far; smaller ones and decodes run whole"
+
+    def _measure(self, layers: nn.ModuleList, most: int, group: ProcessGroup) -> LayerCosts:
+        """Costs at a quarter, a half and all of that many tokens."""
+        self._reaches = most
+        show = group.rank() == 0 and sys.stderr.isatty()
+        with comm.record(), tqdm(desc="measuring", disable=not show, leave=False) as bar:
+
+            def tell(done: int, total: int) -> None:
+                bar.total = total
+                bar.update(done - bar.n)
+
+            sizes = sorted({max(1, most // 4), max(1, most // 2), most})
+            return calibrate(_typical(layers), group=group, tokens=sizes, rounds=3, progress=tell)
+
+    def __repr__(self) -> str:
+        return f"AutoOverlap({self.min_tokens}, {self.costs}, {self.chunks}, {self.margin})"
+
+
+def _typical(layers: nn.ModuleList) -> list[ParallelDecoderLayer]:
+    """The first two of the layers with the most common window."""
+    known = [layer for layer in layers if isinstance(layer, ParallelDecoderLayer)]
+    windows = [layer.self_attn.core.window for layer in known if isinstance(layer.self_attn, ParallelAttention)]
+    most = Counter(windows).most_common(1)[0][0]
+    return [layer for layer, window in zip(known, windows, strict=True) if window == most][:2]
+
+
+def called_whole(root: nn.Module, path: str) -> Iterator[str]:
+    """Paths of the modules below `root` that have steps which `comm.call` would not join, so that nothing overlaps."""
+    for name, child in root.named_children():
+        below = f"{path}.{name}"
+        if any(hasattr(type(module), "steps") for module in child.modules()):
+            if comm.splits(child) or isinstance(child, nn.ModuleList):
+                yield from called_whole(child, below)
+            else:
+                yield below
