@@ -38,6 +38,7 @@ class RaggedBatch:
         page_table: Pages of each request in order, rows filled up with zeros; no columns without a cache.
         page_size: Tokens in a page, 0 without a cache.
         version: Of the cache when it gave the pages; once they may hold another request, it refuses the batch.
+        requests: What the cache knows the requests as; nothing without a cache.
 
     Raises:
         ValueError: lengths, positions, slots and pages do not describe one batch.
@@ -50,6 +51,7 @@ class RaggedBatch:
     page_table: Int32[Tensor, "n pages"]
     page_size: int = 0
     version: int = 0
+    requests: tuple[Hashable, ...] = ()
 
     def __post_init__(self) -> None:
         _check_lengths(self.q_lens, self.kv_lens)
@@ -67,6 +69,8 @@ class RaggedBatch:
             raise ValueError(
                 f"`page_table` must have one row per request ({requests}), got {list(self.page_table.shape)}"
             )
+        if self.requests and len(self.requests) != requests:
+            raise ValueError(f"`requests` must name every request ({requests}) or none, got {len(self.requests)}")
         room = self.page_table.shape[1] * self.page_size
         if self.has_cache and room < max(self.kv_lens, default=0):
             raise ValueError(
@@ -91,6 +95,7 @@ class RaggedBatch:
         positions: Int64[Tensor, " t"] | None = None,
         device: torch.device | str = "cpu",
         version: int = 0,
+        requests: Sequence[Hashable] = (),
     ) -> RaggedBatch:
         """Compute positions and slots from lengths and pages.
 
@@ -102,6 +107,7 @@ class RaggedBatch:
             positions: Rotary positions of the new tokens; by default each token's index in its request.
             device: Where the tensors are to lie.
             version: Of the cache when it gave the pages.
+            requests: What the cache knows the requests as.
 
         Raises:
             ValueError: lengths are negative, keys are fewer than new tokens, or pages do not hold the keys.
@@ -114,7 +120,8 @@ class RaggedBatch:
         if page_size:
             slots = table[request, index // page_size].long() * page_size + index % page_size
         where = index if positions is None else positions.clone() if positions.is_inference() else positions
-        batch = cls(q_lens, kv_lens, where.to(device), slots.to(device), table.to(device), page_size, version)
+        tensors = where.to(device), slots.to(device), table.to(device)
+        batch = cls(q_lens, kv_lens, *tensors, page_size, version, tuple(requests))
         return batch._with_pages(pages)
 
     def _with_pages(self, known: Sequence[Sequence[int]] | None) -> RaggedBatch:

@@ -6,6 +6,7 @@ from torch import nn
 
 from seqpar import comm
 from seqpar.comm.steps import splits
+from tests.ranks import run_mesh
 
 
 class Ready:
@@ -180,6 +181,156 @@ def test_a_wrapper_around_a_child_sees_the_call():
             return self.base(x) + 100
 
     assert run_parent(Adapter(Doubler([]))) == 111
+
+
+def launch(log, *values):
+    """A program of one collective after another, which says when it is closed before its end."""
+    got = []
+    try:
+        for value in values:
+            log.append(("launch", value))
+            got.append((yield Ready(value, log)))
+        return got
+    except GeneratorExit:
+        log.append("closed")
+        raise
+
+
+def test_started_programs_are_in_flight_together_and_waited_for_where_they_are_asked():
+    log = []
+
+    def owner():
+        a, b = comm.start(launch(log, 1)), comm.start(launch(log, 2, 3))
+        log.append("between")
+        first = yield from a
+        log.append("after a")
+        return first, (yield from b)
+
+    assert comm.run(owner()) == ([1], [2, 3])
+    assert log == [("launch", 1), ("launch", 2), "between", 1, "after a", 2, ("launch", 3), 3]
+
+
+def test_a_started_program_may_end_at_once_or_stand_at_a_mark():
+    def at_once():
+        return 7
+        yield
+
+    def marked():
+        yield comm.Mark(1)
+        return 8
+
+    def owner():
+        return (yield from comm.start(at_once())), (yield from comm.start(marked()))
+
+    assert comm.run(owner()) == (7, 8)
+    assert [repr(item) for item in comm.start(marked())] == ["Mark(1)"]
+
+
+def test_an_error_before_the_first_yield_is_raised_by_start():
+    def failing():
+        raise KeyError("k")
+        yield
+
+    with pytest.raises(KeyError):
+        comm.start(failing())
+
+
+@pytest.mark.parametrize("asked", [0, 1, 2])
+def test_a_started_program_that_is_closed_waits_for_what_is_in_flight(asked):
+    log = []
+    started = comm.start(launch(log, 1, 2, 3))
+    if asked:
+        item = next(started)
+    for _ in range(1, asked):
+        item = started.send(item.wait())
+    waited = [entry for entry in log if isinstance(entry, int)]
+    started.close()
+    flying = max(1, asked)
+    assert [entry for entry in log if isinstance(entry, int)] == [*waited, flying] and log[-1] == "closed"
+    started.close()
+    assert log.count("closed") == 1
+
+
+@pytest.mark.parametrize("how", ["fails", "is closed", "is interleaved"])
+def test_what_an_owner_has_in_flight_is_waited_for_when_it_ends_early(how):
+    log = []
+
+    def owner():
+        ins = [comm.start(launch(log, value)) for value in (1, 2, 3)]
+        try:
+            yield from ins[0]
+            if how == "fails":
+                raise KeyError("k")
+            yield Ready(4, log)
+            yield from ins[1]
+            yield from ins[2]
+        finally:
+            for each in ins:
+                each.close()
+
+    def other():
+        yield Ready(5, log)
+        raise KeyError("k")
+
+    if how == "is closed":
+        program = owner()
+        next(program)
+        program.close()
+    else:
+        with pytest.raises(KeyError):
+            comm.run(owner()) if how == "fails" else comm.interleave([owner(), other()])
+    assert {1, 2, 3} <= set(log)
+
+
+def test_a_started_program_that_is_dropped_waits_too():
+    log = []
+    comm.start(launch(log, 1))
+    assert log == [("launch", 1), 1, "closed"]
+
+
+def test_run_closes_a_program_whose_wait_failed():
+    class Broken:
+        def wait(self):
+            raise RuntimeError("lost")
+
+    log = []
+
+    def owner():
+        started = comm.start(launch(log, 1))
+        try:
+            yield Broken()
+        finally:
+            started.close()
+
+    program = owner()
+    with pytest.raises(RuntimeError, match="lost"):
+        comm.run(program)
+    assert 1 in log
+
+
+def several(mesh):
+    """Two programs of two sums in flight each: results, and what a trace says of who computed and sent."""
+    group = comm.groups(mesh).tp
+
+    def owner(value):
+        x = torch.full((4,), float(value))
+        ins = [comm.start(comm.all_reduce_steps(x * n, group=group, label=f"{value}{n}")) for n in (1, 2)]
+        a = yield from ins[0]
+        b = yield from ins[1]
+        return a + b
+
+    with comm.trace() as t:
+        found = comm.interleave([owner(1), owner(10)])
+    assert [x.tolist() for x in found] == [[6.0] * 4, [60.0] * 4]
+    sent = {(i.program, i.label) for i in t.intervals if i.kind == "comm"}
+    assert sent == {((0,), "11"), ((0,), "12"), ((1,), "101"), ((1,), "102")}
+    compute = [(i.program, i.op, i.label) for i in t.intervals if i.kind == "compute" and i.program]
+    assert ((0,), "launch", "12") in compute and ((1,), "launch", "102") in compute
+    assert {program for program, *_ in compute} == {(0,), (1,)}
+
+
+def test_a_trace_sees_started_programs_as_their_owner():
+    run_mesh((2, 1), several)
 
 
 def test_a_mark_names_its_layer():

@@ -16,6 +16,7 @@ from torch import Tensor
 from seqpar.kernels import attention
 from seqpar.kernels.attention.reference import request_keys
 from seqpar.kv import PagedKV
+from seqpar.partition import Range
 from seqpar.ragged import RaggedBatch
 from tests.kernels.own_errors import own_errors
 
@@ -44,6 +45,12 @@ def held(kv: PagedKV, request: Hashable, layer: int) -> tuple[Tensor, Tensor]:
     return k, v
 
 
+def promise(kv: PagedKV, request: Hashable, length: int) -> RaggedBatch:
+    """A step of one request whose newest token is its `length`-th, wherever that would lie."""
+    pages = range(-(-length // kv.page_size))
+    return RaggedBatch.build([min(length, 1)], [length], [pages], kv.page_size, requests=[request])
+
+
 def check(kv: PagedKV, expected: dict[Hashable, list[int]]) -> None:
     kv.integrity()
     assert set(kv.ids) == set(expected)
@@ -53,6 +60,9 @@ def check(kv: PagedKV, expected: dict[Hashable, list[int]]) -> None:
             k, v = held(kv, request, layer)
             torch.testing.assert_close(k, rows(tokens, layer), rtol=0, atol=0)
             torch.testing.assert_close(v, -rows(tokens, layer), rtol=0, atol=0)
+            kv.read(layer, promise(kv, request, len(tokens)))
+            with pytest.raises(ValueError, match="must be read after its keys are appended"):
+                kv.read(layer, promise(kv, request, len(tokens) + 1))
     assert kv.used_bytes == LAYERS * sum(map(len, expected.values())) * kv.token_bytes
 
 
@@ -305,6 +315,91 @@ def test_a_step_knows_its_pages_without_asking_the_device() -> None:
     assert batch.pages == batch.to("meta").pages == (kv.pages("a"), kv.pages("b"))
     kv.reserve({"a": 4})
     assert [chunk.pages for chunk in kv.batch(["a"], [2]).split([1])] == [(kv.pages("a")[:2],)] * 2
+
+
+def put(kv: PagedKV, layer: int, batch: RaggedBatch, heads: Range | None = None) -> None:
+    """Append distinct numbers for a batch, or for some heads of it."""
+    new = rows(list(range(batch.num_tokens)), layer)
+    new = new if heads is None else new[:, heads.start : heads.stop]
+    kv.append(layer, new, -new, batch, heads=heads)
+
+
+def late(kv: PagedKV, layer: int, batch: RaggedBatch, *what: str, heads: Range | None = None) -> None:
+    """Reading `batch` is refused, and the error says all of `what`."""
+    with pytest.raises(ValueError, match=r"`batch` must be read after its keys are appended") as error:
+        kv.read(layer, batch, heads=heads)
+    assert all(part in str(error.value) for part in what), error.value
+
+
+def test_a_chunk_is_not_read_before_the_chunks_before_it_are_there() -> None:
+    kv, _ = filled(a=3, b=2)
+    first, second = kv.batch(["a", "b"], [4, 2]).split([3])
+    late(kv, 0, first, "layer 0, request 'a': 6 tokens promised", "got 3 appended", "each with its `Mark`")
+    put(kv, 0, second)
+    late(kv, 0, second, "request 'a': 7 tokens promised", "got 3 appended")
+    put(kv, 0, first)
+    kv.read(0, first)
+    late(kv, 0, second, "request 'a'", "got 6 appended")
+    put(kv, 0, second)
+    kv.read(0, second)
+    kv.read(0, first)  # attention of an early chunk may come late
+    late(kv, 1, first, "layer 1")
+    put(kv, 0, first)  # a step repeated takes nothing back
+    kv.read(0, second)
+
+
+def test_a_step_that_failed_midway_is_not_read_over() -> None:
+    kv, _ = filled(a=3)
+    failed = kv.batch(["a"], [2])
+    put(kv, 0, failed)
+    onward = kv.batch(["a"], [1])
+    for layer in range(LAYERS):
+        put(kv, layer, onward)
+    kv.read(0, onward)
+    late(kv, 1, onward, "layer 1, request 'a': 6 tokens promised", "got 3 appended")
+    kv.truncate("a", 3)
+    again = kv.batch(["a"], [2])
+    late(kv, 0, again, "got 3 appended")
+    put(kv, 1, again)
+    kv.read(1, again)
+
+
+def test_what_a_request_has_goes_where_it_goes() -> None:
+    kv, _ = filled(a=5, b=3)
+    half = kv.batch(["a"], [2])
+    put(kv, 0, half)
+    kv.select({"a": "b", "b": "a", "c": "a"})
+    for request, appended in (("a", 3), ("b", 5), ("c", 5)):
+        late(kv, 1, promise(kv, request, 9), f"got {appended} appended")
+    late(kv, 0, promise(kv, "c", 9), "got 7 appended")
+    kv.free("c")
+    kv.batch(["c"], [2])
+    late(kv, 0, promise(kv, "c", 1), "got 0 appended")
+
+
+def test_heads_are_appended_in_parts() -> None:
+    kv, expected = filled(a=3, b=6)
+    batch = kv.batch(["a", "b"], [1, 2])
+    new = rows([50, 60, 61], 1)
+    for layer in range(LAYERS):
+        new = rows([50, 60, 61], layer)
+        kv.append(layer, new[:, 1:], -new[:, 1:], batch, heads=Range(1, 2))
+        k, v = kv.read(layer, batch, heads=Range(1, 2))
+        assert k.shape == v.shape == (9, 4, 1, DIM) and k.data_ptr() == kv.layer(layer)[0][:, :, 1:].data_ptr()
+        late(kv, layer, batch, "request 'a': 4 tokens promised", "got 3", heads=Range(0, 1))
+        late(kv, layer, batch)
+        kv.append(layer, new[:, :1], -new[:, :1], batch, heads=Range(0, 1))
+        kv.read(layer, batch)
+    check(kv, {"a": [*expected["a"], 50], "b": [*expected["b"], 60, 61]})
+    with pytest.raises(ValueError, match=r"`heads` must lie within the 2 heads held, got Range\(start=1, stop=3\)"):
+        kv.append(0, new, new, batch, heads=Range(1, 3))
+    with own_errors(), pytest.raises(ValueError, match=r"`k` and `v` must be \[3, 1, 3\] in torch.float64"):
+        kv.append(0, new, new, batch, heads=Range(1, 2))
+
+
+def test_batches_made_by_hand_promise_nothing() -> None:
+    kv, _ = filled(a=3)
+    kv.read(0, RaggedBatch.build([1], [9], [[0, 1, 2]], 4))
 
 
 def test_bytes() -> None:

@@ -38,7 +38,7 @@ from seqpar.comm.mesh import Groups, describe, groups, init_mesh, is_determinist
 from seqpar.comm.record import Count, Recorder, record
 from seqpar.comm.reshard import heads_to_seq, heads_to_seq_steps, seq_to_heads, seq_to_heads_steps
 from seqpar.comm.schedule import interleave, interleave_steps
-from seqpar.comm.steps import Steps, call, is_wrapped, run, splits
+from seqpar.comm.steps import Steps, call, is_wrapped, run, splits, start
 from seqpar.comm.trace import Exposure, Interval, Trace, TraceReport, trace
 
 __all__ = [
@@ -96,5 +96,6 @@ __all__ = [
     "seq_to_heads",
     "seq_to_heads_steps",
     "splits",
+    "start",
     "trace",
 ]

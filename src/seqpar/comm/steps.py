@@ -9,6 +9,7 @@ lost (the order of a layer's work is no longer the order of its lines), and so d
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
+from contextlib import suppress
 from typing import Any, TypeAlias, TypeVar
 
 from torch import nn
@@ -17,7 +18,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from seqpar.comm.handle import Handle, Mark
 from seqpar.comm.trace import current_trace
 
-__all__ = ["Steps", "call", "is_wrapped", "resume", "run", "splits"]
+__all__ = ["Steps", "call", "is_wrapped", "resume", "run", "splits", "start"]
 
 T = TypeVar("T")
 Y = TypeVar("Y")
@@ -33,6 +34,54 @@ def run(steps: Steps[T]) -> T:
     except StopIteration as stop:
         result: T = stop.value
         return result
+    finally:
+        steps.close()  # after an error, so that a program waits for whatever else it has in flight
+
+
+def start(steps: Steps[T]) -> Steps[T]:
+    """Run a program to its first yield now; what is returned goes on from there, yielding that item first.
+
+    So one program has several collectives in flight, and waits for each where it needs it:
+
+        k_in, v_in = comm.start(exchange(k)), comm.start(exchange(v))
+        k = yield from k_in             # v is under way, and so it is during what is computed from k
+        v = yield from v_in
+
+    Every rank starts the same programs in the same order. One that is closed or dropped before it is asked to go on
+    waits for what it has launched, since buffers must outlive their collective; an owner that may fail in between
+    closes those that it has started.
+    """
+    try:
+        item = resume(steps, None)
+    except StopIteration as stop:
+        return _ended(stop.value)
+    started = _from(item, steps)
+    next(started)  # into its `try`: a generator that has not begun would end without it
+    return started
+
+
+def _ended(value: T) -> Steps[T]:
+    return value
+    yield
+
+
+def _from(item: Y, steps: Generator[Y, Any, T]) -> Generator[Y, Any, T]:
+    """The program that stands at `item`, behind a first yield that `start` takes."""
+    pending: Any = item
+    try:
+        yield item
+        while True:
+            value = yield item
+            pending = None
+            pending = item = steps.send(value)
+    except StopIteration as stop:
+        result: T = stop.value
+        return result
+    finally:
+        if pending is not None:
+            with suppress(RuntimeError):  # the error that ends the owner is already on its way
+                pending.wait()
+        steps.close()
 
 
 def resume(steps: Generator[Y, Any, Any], value: Any, *index: int) -> Y:

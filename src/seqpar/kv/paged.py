@@ -14,6 +14,8 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from seqpar.kv.ledger import Ledger
+from seqpar.partition import Range
 from seqpar.ragged import RaggedBatch
 
 __all__ = ["PagedKV"]
@@ -28,8 +30,8 @@ class PagedKV:
     """Keys and values of many requests, for the KV heads of one rank.
 
     A step asks for a `batch` (which finds room for the new tokens and counts them), then every layer does `append` and
-    attends to `layer(i)`. Room is found for all requests or for none. Memory is not initialised: what was never
-    appended must never be read. Values are stored without their autograd history.
+    attends to what `read` gives it. Room is found for all requests or for none. Memory is not initialised: what was
+    never appended must never be read, and `read` refuses to. Values are stored without their autograd history.
 
     A batch's tokens are to be appended before a request is freed, truncated or selected: the pages may then belong to
     another. Each of these makes a new `version` of the cache, and `append` refuses the batches of older ones.
@@ -72,6 +74,7 @@ class PagedKV:
             self._v = [torch.empty(shape, dtype=dtype, device=device) for _ in range(num_layers)]
         self._free = list(range(num_pages))  # a heap
         self._requests: dict[Hashable, _Request] = {}
+        self._ledgers = [Ledger(num_kv_heads) for _ in range(num_layers)]
         self.version = 0
         self.num_kv_heads, self.head_dim, self.dtype, self.device = num_kv_heads, head_dim, dtype, torch.device(device)
 
@@ -178,7 +181,14 @@ class PagedKV:
         held_now = [self._requests[request] for request in requests]
         kv_lens, pages = [held.length for held in held_now], [held.pages for held in held_now]
         return RaggedBatch.build(
-            q_lens, kv_lens, pages, self.page_size, positions=positions, device=self.device, version=self.version
+            q_lens,
+            kv_lens,
+            pages,
+            self.page_size,
+            positions=positions,
+            device=self.device,
+            version=self.version,
+            requests=requests,
         )
 
     def free(self, request: Hashable) -> None:
@@ -186,6 +196,8 @@ class PagedKV:
         self._release(self._get(request).pages)
         self.version += 1
         del self._requests[request]
+        for ledger in self._ledgers:
+            ledger.free(request)
 
     def truncate(self, request: Hashable, length: int) -> None:
         """Forget all but the first `length` tokens of a request, and give back the pages that they leave.
@@ -200,6 +212,8 @@ class PagedKV:
         self._release(held.pages[keep:])
         self.version += 1
         self._requests[request] = _Request(held.pages[:keep], length)
+        for ledger in self._ledgers:
+            ledger.truncate(request, length)
 
     def select(self, sources: Mapping[Hashable, Hashable]) -> None:
         """Let each key hold what its value held, all at once; requests that are no keys stay as they are.
@@ -225,6 +239,8 @@ class PagedKV:
             pages = self._take(self._pages_for(held.length))
             self._copy_pages(held.pages, pages, held.length)
             self._requests[new] = _Request(pages, held.length)
+        for ledger in self._ledgers:
+            ledger.select(sources)
 
     @torch.inference_mode(False)
     def grow(self, *, num_pages: int | None = None, page_size: int | None = None) -> None:
@@ -267,17 +283,52 @@ class PagedKV:
     # What lies in them.
 
     def layer(self, index: int) -> tuple[Float[Tensor, "pages page_size g d"], Float[Tensor, "pages page_size g d"]]:
-        """Keys and values of a layer, all pages of them."""
+        """Keys and values of a layer, all pages of them, written or not."""
         return self._k[index], self._v[index]
 
-    def append(self, layer: int, k: Float[Tensor, "t g d"], v: Float[Tensor, "t g d"], batch: RaggedBatch) -> None:
-        """Write a step's keys and values where the batch says.
+    def read(
+        self, layer: int, batch: RaggedBatch, *, heads: Range | None = None
+    ) -> tuple[Float[Tensor, "pages page_size g_read d"], Float[Tensor, "pages page_size g_read d"]]:
+        """Keys and values of a layer, or of some of its heads, for a step whose keys have all been appended.
 
         Raises:
-            ValueError: shape, dtype or page size differ from the cache's, or the batch is older than the last free,
-                truncate or select; then nothing was written.
+            ValueError: keys that a request of the batch may see are not there yet.
         """
-        shape = (batch.num_tokens, self.num_kv_heads, self.head_dim)
+        missing = self._ledgers[layer].missing(batch, heads)
+        if missing is not None:
+            request, promised, appended = missing
+            raise ValueError(
+                f"`batch` must be read after its keys are appended (layer {layer}, request {request!r}: {promised} "
+                f"tokens promised), got {appended} appended; run programs in causal order, each with its `Mark`"
+            )
+        k, v = self._k[layer], self._v[layer]
+        return (k, v) if heads is None else (k[:, :, heads.start : heads.stop], v[:, :, heads.start : heads.stop])
+
+    def append(
+        self,
+        layer: int,
+        k: Float[Tensor, "t g_new d"],
+        v: Float[Tensor, "t g_new d"],
+        batch: RaggedBatch,
+        *,
+        heads: Range | None = None,
+    ) -> None:
+        """Write a step's keys and values where the batch says.
+
+        Args:
+            layer: Which one.
+            k: Keys of the new tokens.
+            v: Values of them.
+            batch: The step, or a chunk of it; chunks in their order.
+            heads: The local KV heads that `k` and `v` are; all by default. The others are to follow.
+
+        Raises:
+            ValueError: shape, dtype or page size differ from the cache's, the heads are none of its own, or the batch
+                is older than the last free, truncate or select; then nothing was written.
+        """
+        if heads is not None and not 0 <= heads.start <= heads.stop <= self.num_kv_heads:
+            raise ValueError(f"`heads` must lie within the {self.num_kv_heads} heads held, got {heads}")
+        shape = (batch.num_tokens, self.num_kv_heads if heads is None else heads.size, self.head_dim)
         if k.shape != shape or v.shape != shape or k.dtype != self.dtype or v.dtype != self.dtype:
             raise ValueError(
                 f"`k` and `v` must be {list(shape)} in {self.dtype}, got {list(k.shape)} in {k.dtype} "
@@ -292,10 +343,13 @@ class PagedKV:
             )
         for store, new in ((self._k, k), (self._v, v)):
             flat, new = store[layer].flatten(0, 1), new.detach()
+            if heads is not None:
+                flat = flat[:, heads.start : heads.stop]
             if flat.is_cpu and len(batch.slot_runs) == 1:
                 flat.narrow(0, batch.slot_runs[0][1], len(new)).copy_(new)
             else:
                 flat.index_copy_(0, batch.slots, new)
+        self._ledgers[layer].add(batch, heads)
 
     def _copy_pages(self, sources: Sequence[int], targets: Sequence[int], length: int) -> None:
         """Copy the first `length` tokens from pages to pages, in every layer."""

@@ -277,7 +277,7 @@ class UlyssesAttention(nn.Module):
         if batch.kv_lens == batch.q_lens:
             return attention(q, k, v, (tail or batch).without_cache, **options)[0]
         assert kv is not None, "`_check_step` refuses cached tokens without a cache"
-        k, v = kv.layer(self.layer_index)
+        k, v = kv.read(self.layer_index, batch)
         return attention(q, k, v, batch if tail is None else tail.batch, **options)[0]
 
 
