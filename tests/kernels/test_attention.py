@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
@@ -312,7 +313,7 @@ def test_other_devices_than_the_cpu_give_the_same_shapes(
 
 
 def play_varlen(
-    q, k, v, cu_q, cu_kv, max_q, max_k, *, return_aux, scale, window_size, enable_gqa, seqused_k, block_table
+    q, k, v, cu_q, cu_kv, max_q, max_k, *, return_aux, scale, window_size, enable_gqa, seqused_k=None, block_table=None
 ):  # type: ignore[no-untyped-def]
     assert return_aux.lse and enable_gqa and window_size[1] == 0 and q.shape[1] % k.shape[-2] == 0
     q_lens = cu_q.diff().tolist()
@@ -325,17 +326,26 @@ def play_varlen(
     return out, lse.transpose(0, 1).contiguous()
 
 
-@pytest.mark.parametrize("page_multiple", [8, 1 << 20], ids=["in-place", "gathered"])
+def play_varlen_of_2_11(q, k, v, cu_q, cu_kv, max_q, max_k, *, return_aux, scale, window_size):  # type: ignore[no-untyped-def]
+    options = {"return_aux": return_aux, "scale": scale, "window_size": window_size, "enable_gqa": True}
+    return play_varlen(q, k, v, cu_q, cu_kv, max_q, max_k, **options)
+
+
+@pytest.mark.parametrize(
+    ("page_multiple", "operator"),
+    [(8, play_varlen), (1 << 20, play_varlen), (8, play_varlen_of_2_11)],
+    ids=["in-place", "gathered", "2.11"],
+)
 @given(case=cases())
 @settings(max_examples=60, deadline=None)
-def test_the_cuda_path_asks_for_the_right_thing(page_multiple: int, case: Case) -> None:
+def test_the_cuda_path_asks_for_the_right_thing(page_multiple: int, operator: Any, case: Case) -> None:
     inputs = case.inputs(torch.float64)
     options = {"window": case.window, "kv_head_of": case.kv_head_of}
     want = attention(*inputs, backend="reference", **options)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(varlen, "serves", lambda q: True)
         patch.setattr(varlen, "PAGE_MULTIPLE", page_multiple)
-        patch.setattr("torch.nn.attention.varlen.varlen_attn", play_varlen)
+        patch.setattr("torch.nn.attention.varlen.varlen_attn", operator)
         got = attention(*inputs, backend="torch", **options)
     for x, y in zip(got, want, strict=True):
         assert x.is_contiguous()

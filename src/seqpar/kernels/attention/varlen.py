@@ -1,6 +1,14 @@
-"""Attention on CUDA in half precision: PyTorch's FlashAttention over ragged or paged keys, one call per head run."""
+"""Attention on CUDA in half precision: PyTorch's FlashAttention over ragged or paged keys, one call per head run.
+
+The operator of PyTorch 2.11 shares KV heads without being asked and reads no pages: there they are gathered.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from inspect import signature
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int64
@@ -34,9 +42,10 @@ def attention(
     """Causal attention; `in_place` allows reading pages where they lie, which has no gradient."""
     from torch.nn.attention.varlen import AuxRequest, varlen_attn
 
-    block_table = seqused = None
-    if batch.has_cache and in_place and batch.page_size % PAGE_MULTIPLE == 0:
-        block_table, seqused = batch.page_table, batch.cu_kv.diff()
+    known = _options(varlen_attn)
+    options: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in known else {}
+    if batch.has_cache and in_place and batch.page_size % PAGE_MULTIPLE == 0 and "block_table" in known:
+        options |= {"block_table": batch.page_table, "seqused_k": batch.cu_kv.diff()}
     elif batch.has_cache:
         addresses = _addresses(batch)
         k, v = (x.flatten(0, 1)[addresses] for x in (k, v))
@@ -53,13 +62,17 @@ def attention(
             return_aux=AuxRequest(lse=True),
             scale=softmax_scale,
             window_size=(-1 if window is None else window - 1, 0),
-            enable_gqa=True,
-            seqused_k=seqused,
-            block_table=block_table,
+            **options,
         )
         outs.append(out)
         lses.append(lse.transpose(0, 1))  # the operator gives [h, t]
     return torch.cat(outs, 1), torch.cat(lses, 1).contiguous()
+
+
+@cache
+def _options(operator: Callable[..., Any]) -> frozenset[str]:
+    """The arguments that this PyTorch's operator takes."""
+    return frozenset(signature(operator).parameters)
 
 
 def _addresses(batch: RaggedBatch) -> Int64[Tensor, " keys"]:
