@@ -90,7 +90,8 @@ def groups(mesh: DeviceMesh) -> Groups:
         raise ValueError(
             f'`mesh` must have the axes ("tp", "sp"), got {mesh.mesh_dim_names}; pass the slice mesh["tp", "sp"]'
         )
-    flat = mesh._flatten(FLAT).get_group()
+    made = mesh._flatten_mapping.get(FLAT)  # PyTorch 2.11 would not take the one of `_make_mesh` for its own
+    flat = (mesh._flatten(FLAT) if made is None else made).get_group()
     if dist.get_process_group_ranks(flat) != mesh.mesh.flatten().tolist():
         raise ValueError(f"ranks of `mesh` must increase along its axes, got {mesh.mesh.tolist()}")
     layout = Layout(mesh.size(0), mesh.size(1))
