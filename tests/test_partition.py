@@ -8,7 +8,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from seqpar.partition import HeadMap, Interleave, Layout, Range, block_ranges, even_ranges, even_split, shard_range
+from seqpar.partition import (
+    HeadMap,
+    Interleave,
+    Layout,
+    Range,
+    ThreePhase,
+    block_ranges,
+    even_ranges,
+    even_split,
+    piece_ranges,
+    shard_range,
+)
 
 
 @st.composite
@@ -105,6 +116,42 @@ def test_pieces_place_every_row_of_the_unsharded_projections(heads: HeadMap, hea
                 assert piece.local.size == piece.full.size and piece.dim == 0
                 placed.update({piece.local.start + i: (which, piece.full.start + i) for i in range(piece.local.size)})
         assert [placed[i] for i in range(len(rows))] == rows and len(placed) == len(rows)
+
+
+@given(head_maps(), st.integers(1, 5))
+def test_parts_tile_the_heads_of_every_rank_and_their_columns(heads: HeadMap, count: int) -> None:
+    parts = heads.parts(count)
+    assert {len(each) for each in parts} == {min(count, max(kv.size for kv in heads.kv_ranges))}
+    for rank, each in enumerate(parts):
+        assert [h for part in each for h in range(*part.q)] == list(range(*heads.q_ranges[rank]))
+        assert [h for part in each for h in range(*part.kv)] == list(range(*heads.kv_ranges[rank]))
+        assert all(head // heads.group_size in range(*part.kv) for part in each for head in range(*part.q))
+        sizes = [part.kv.size for part in each]
+        assert max(sizes) - min(sizes) <= 1
+    for tp_rank in range(heads.tp):
+        labels = label_columns(heads, tp_rank)
+        for index, columns in enumerate(heads.part_columns(tp_rank, count)):
+            for s in range(heads.sp):
+                part = parts[tp_rank * heads.sp + s][index]
+                for which, own in (("q", part.q), ("k", part.kv), ("v", part.kv)):
+                    found = [labels[at] for r in columns[which][s] for at in range(*r)]
+                    assert found == [(which, head) for head in range(*own)]
+
+
+@given(st.integers(0, 200), st.integers(1, 5), st.integers(1, 6))
+def test_pieces_tile_every_slice_and_are_of_one_size(total: int, ranks: int, pieces: int) -> None:
+    cut = piece_ranges(total, ranks, pieces)
+    assert len(cut) == pieces and {len(each) for each in cut} == {ranks}
+    for rank, own in enumerate(even_ranges(total, ranks)):
+        assert [i for each in cut for i in range(*each[rank])] == list(range(*own))
+    assert all(max(r.size for r in each) - min(r.size for r in each) <= 1 for each in cut)
+
+
+def test_a_pipeline_of_one_part_is_refused() -> None:
+    assert ThreePhase(1, 2) and ThreePhase(2, 1)
+    for counts in ((1, 1), (0, 2), (2, 0)):
+        with pytest.raises(ValueError, match=r"and one of them 2, got \d and \d; to cut nothing, leave the pipeline out"):
+            ThreePhase(*counts)
 
 
 def test_known_maps() -> None:

@@ -157,3 +157,34 @@ def test_a_tail_is_a_batch_of_the_last_tokens(
     assert tail.take(torch.arange(start, stop), start).tolist() == list(tail.within(start, stop))
     if batch.kv_lens == batch.q_lens:
         assert not tail.without_cache.has_cache and tail.without_cache.q_lens == tail.q_lens
+
+
+@given(lengths, st.data())
+@settings(deadline=None)
+def test_chunks_without_a_cache_see_a_slice_of_the_keys(requests: list[tuple[int, int]], data: st.DataObject) -> None:
+    """Every token of every chunk finds in its slice of the flat keys the keys that it sees in the whole batch."""
+    batch = RaggedBatch.build([new for new, _ in requests], [new + old for new, old in requests])
+    keys = [(r, i) for r, keys in enumerate(batch.kv_lens) for i in range(keys)]
+    cuts = sorted(data.draw(st.lists(st.integers(0, batch.num_tokens), max_size=4)))
+    seen = []
+    for chunk, where in batch.split_keys(cuts):
+        given_keys = keys[where]
+        assert len(given_keys) == sum(chunk.kv_lens)
+        assert not chunk.num_tokens or (chunk.q_lens[0] and chunk.q_lens[-1])
+        for r in range(chunk.num_requests):
+            own = given_keys[slice(*chunk.kv_starts[r : r + 2])]
+            for i in range(chunk.q_lens[r]):
+                row = len(seen)
+                assert chunk.positions[chunk.q_starts[r] + i] == batch.positions[row]
+                seen.append(own[: chunk.kv_lens[r] - chunk.q_lens[r] + i + 1])
+    expected = []
+    for r, (new, old) in enumerate(requests):
+        expected += [[(r, key) for key in range(old + i + 1)] for i in range(new)]
+    assert seen == expected
+
+
+def test_chunks_with_a_cache_have_no_slices_of_keys() -> None:
+    with pytest.raises(ValueError, match="`split_keys` must be of a batch whose keys are given, got one with a cache"):
+        RaggedBatch.build([2], [2], [[0]], 4).split_keys([1])
+    with pytest.raises(ValueError, match=r"`cuts` must be in order and lie in \[0, 2\], got \[3\]"):
+        RaggedBatch.prefill([2]).split_keys([3])

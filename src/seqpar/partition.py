@@ -19,14 +19,17 @@ from typing import Literal, NamedTuple
 
 __all__ = [
     "HeadMap",
+    "HeadPart",
     "Interleave",
     "Layout",
     "Piece",
     "Range",
     "Segment",
+    "ThreePhase",
     "block_ranges",
     "even_ranges",
     "even_split",
+    "piece_ranges",
     "shard_range",
     "union",
 ]
@@ -86,6 +89,13 @@ class Segment(NamedTuple):
     heads: Range
 
 
+class HeadPart(NamedTuple):
+    """Some KV heads of one rank, and the query heads of it that read them."""
+
+    q: Range
+    kv: Range
+
+
 def even_split(total: int, parts: int) -> tuple[int, ...]:
     """Sizes of `total` things over `parts`, the first `total % parts` one larger; some may be zero.
 
@@ -103,6 +113,19 @@ def even_ranges(total: int, parts: int) -> tuple[Range, ...]:
     base, extra = divmod(total, parts)
     starts = [part * base + min(part, extra) for part in range(parts + 1)]
     return tuple(Range(a, b) for a, b in pairwise(starts))
+
+
+def piece_ranges(total: int, ranks: int, pieces: int) -> tuple[tuple[Range, ...], ...]:
+    """The slices of `even_ranges(total, ranks)`, each cut evenly: entry `c` lists piece `c` of every rank.
+
+    All ranks send as much of each entry, and under causal attention all entries are about as much work; consecutive
+    chunks of all tokens would come from one rank after another, and each would cost more than the one before.
+
+    >>> piece_ranges(8, 2, 2)
+    ((Range(start=0, stop=2), Range(start=4, stop=6)), (Range(start=2, stop=4), Range(start=6, stop=8)))
+    """
+    cut = [[r.shift(s.start) for r in even_ranges(s.size, pieces)] for s in even_ranges(total, ranks)]
+    return tuple(zip(*cut, strict=True))
 
 
 def block_ranges(total: int, layout: Layout, tp_rank: int) -> tuple[Range, ...]:
@@ -164,6 +187,33 @@ class Interleave:
         if self.cuts[-1] >= num_tokens:
             raise ValueError(f"`cuts` must lie within the step's {num_tokens} tokens, got {list(self.cuts)}")
         return tuple(self.cuts)
+
+
+@dataclass(frozen=True)
+class ThreePhase:
+    """How Ulysses attention is cut into parts that travel in, are computed and travel back at the same time (CSPS).
+
+    Args:
+        head_groups: parts by KV heads; as many as a rank has at most.
+        query_chunks: parts by query tokens, of every rank's own slice.
+        min_tokens: steps of fewer tokens run as plain Ulysses: their messages are too small to be worth cutting.
+
+    Raises:
+        ValueError: a count below one, or one part in all.
+
+    Source: CSPS, arXiv:2409.15104v1.
+    """
+
+    head_groups: int = 2
+    query_chunks: int = 2
+    min_tokens: int = 1024
+
+    def __post_init__(self) -> None:
+        if min(self.head_groups, self.query_chunks) < 1 or self.head_groups * self.query_chunks < 2:
+            raise ValueError(
+                "`head_groups` and `query_chunks` must be at least 1, and one of them 2, "
+                f"got {self.head_groups} and {self.query_chunks}; to cut nothing, leave the pipeline out"
+            )
 
 
 @dataclass(frozen=True)
@@ -283,6 +333,39 @@ class HeadMap:
             for q, kv in zip(self._of_tp(self.q_ranges, tp_rank), self._of_tp(self.kv_ranges, tp_rank), strict=True)
         )
 
+    def parts(self, count: int) -> tuple[tuple[HeadPart, ...], ...]:
+        """The heads of each flat rank in `count` parts by KV heads, or in as many as any rank has KV heads.
+
+        The number is the same for all ranks; a rank with fewer KV heads than parts ends with empty ones.
+        """
+        count = min(count, max(heads.size for heads in self.kv_ranges))
+        return tuple(
+            tuple(HeadPart(self._readers(rank, kv.shift(own.start)), kv.shift(own.start)) for kv in kvs)
+            for rank, own in enumerate(self.kv_ranges)
+            for kvs in (even_ranges(own.size, count),)
+        )
+
+    def part_columns(
+        self, tp_rank: int, count: int
+    ) -> tuple[dict[Literal["q", "k", "v"], tuple[tuple[Range, ...], ...]], ...]:
+        """What each sequence rank receives of the fused QKV output for each of `parts(count)`, in head-sized columns.
+
+        Entry `part[which][s]` lists the columns of sequence rank `s`; together they are `columns(tp_rank)[s]`.
+        """
+        ranks = self.parts(count)[tp_rank * self.sp : (tp_rank + 1) * self.sp]
+        found: list[dict[Literal["q", "k", "v"], tuple[tuple[Range, ...], ...]]] = []
+        for parts in zip(*ranks, strict=True):
+            runs = [self._find(tp_rank, Segment("kv", part.kv)) for part in parts]
+            heads = [[at for r in each for at in range(r.start, r.stop, 2)] for each in runs]
+            found.append(
+                {
+                    "q": tuple(_merged(self._find(tp_rank, Segment("q", part.q))) for part in parts),
+                    "k": tuple(tuple(Range(at, at + 1) for at in each) for each in heads),
+                    "v": tuple(tuple(Range(at + 1, at + 2) for at in each) for each in heads),
+                }
+            )
+        return tuple(found)
+
     def qkv_widths(self, tp_rank: int) -> tuple[int, ...]:
         """Head-sized columns that each sequence rank receives (q + k + v), the send sizes for one token."""
         return tuple(sum(r.size for r in ranges) for ranges in self.columns(tp_rank))
@@ -324,6 +407,12 @@ class HeadMap:
 
     def _kv_of(self, heads: Range) -> Range:
         return Range(heads.start // self.group_size, (heads.stop - 1) // self.group_size + 1)
+
+    def _readers(self, rank: int, kv: Range) -> Range:
+        """The query heads of flat rank `rank` that read the KV heads `kv`."""
+        own = self.q_ranges[rank]
+        start, stop = (min(max(head * self.group_size, own.start), own.stop) for head in kv)
+        return Range(start, stop)
 
     def _of_tp(self, per_rank: tuple[Range, ...], tp_rank: int) -> tuple[Range, ...]:
         return per_rank[tp_rank * self.sp : (tp_rank + 1) * self.sp]

@@ -140,12 +140,46 @@ class RaggedBatch:
         Raises:
             ValueError: cuts that are not in order or not within the batch, or a batch without a cache.
         """
-        bounds = [0, *cuts, self.num_tokens]
-        if any(a > b for a, b in pairwise(bounds)):
-            raise ValueError(f"`cuts` must be in order and lie in [0, {self.num_tokens}], got {list(cuts)}")
+        bounds = self._bounds(cuts)
         if cuts and not self.has_cache:
             raise ValueError("`cuts` must be empty for a batch without a cache, whose chunks could not see each other")
         return tuple(self._chunk(start, stop) for start, stop in pairwise(bounds))
+
+    def split_keys(self, cuts: Sequence[int]) -> tuple[tuple[RaggedBatch, slice], ...]:
+        """A batch without a cache as consecutive chunks, each with the keys that it may see, out of the flat ones.
+
+        Those are consecutive: from the first key of the chunk's first request on. A chunk consists of the requests
+        from its first token's to its last token's.
+
+        Raises:
+            ValueError: cuts that are not in order or not within the batch, or a batch with a cache.
+        """
+        if self.has_cache:
+            raise ValueError("`split_keys` must be of a batch whose keys are given, got one with a cache; use `split`")
+        bounds = self._bounds(cuts)
+        return tuple(self._chunk_keys(start, stop) for start, stop in pairwise(bounds))
+
+    def _bounds(self, cuts: Sequence[int]) -> list[int]:
+        bounds = [0, *cuts, self.num_tokens]
+        if any(a > b for a, b in pairwise(bounds)):
+            raise ValueError(f"`cuts` must be in order and lie in [0, {self.num_tokens}], got {list(cuts)}")
+        return bounds
+
+    def _chunk_keys(self, start: int, stop: int) -> tuple[RaggedBatch, slice]:
+        """The tokens [start, stop) with their requests alone, and where their keys lie."""
+        chunk = self._chunk(start, stop)
+        those = slice(0, 0)
+        if start < stop:
+            those = slice(bisect_right(self.q_starts, start) - 1, bisect_left(self.q_starts, stop))
+        kv_lens, first = chunk.kv_lens[those], self.kv_starts[those.start]
+        alone = replace(
+            chunk,
+            q_lens=chunk.q_lens[those],
+            kv_lens=kv_lens,
+            page_table=chunk.page_table[those],
+            requests=chunk.requests[those],
+        )
+        return alone, slice(first, first + sum(kv_lens))
 
     def _chunk(self, start: int, stop: int) -> RaggedBatch:
         """The tokens [start, stop) and the keys that they may see."""

@@ -24,6 +24,7 @@ from seqpar.layers.linear import (
 from seqpar.layers.mlp import ParallelMLP
 from seqpar.layers.norm import RMSNorm
 from seqpar.layers.overlap import OverlappedMLP
+from seqpar.layers.threephase import PipelinedUlysses
 from seqpar.layers.ulysses import UlyssesAttention
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "ParallelDecoderLayer",
     "ParallelLMHead",
     "ParallelMLP",
+    "PipelinedUlysses",
     "QKVParallelLinear",
     "RMSNorm",
     "RowParallelLinear",

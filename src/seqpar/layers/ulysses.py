@@ -89,7 +89,8 @@ class UlyssesAttention(nn.Module):
         self.q_norm, self.k_norm = q_norm, k_norm
         self.rank = tp_rank * heads.sp + group.rank()
         self.num_heads, self.num_kv_heads = heads.q_ranges[self.rank].size, heads.kv_ranges[self.rank].size
-        self.kv_head_of = _unless_uniform(heads.kv_head_of(self.rank), self.num_kv_heads)
+        kv_head_of = heads.kv_head_of(self.rank)
+        self.kv_head_of = None if uniform(kv_head_of, self.num_kv_heads) else kv_head_of
         self.exchanges: dict[Layout | None, _Exchange] = {}
         self.exchanges[None] = self.exchanges[heads.layout] = self._exchange(heads, group, tp_rank)
 
@@ -281,8 +282,9 @@ class UlyssesAttention(nn.Module):
         return attention(q, k, v, batch if tail is None else tail.batch, **options)[0]
 
 
-def _unless_uniform(kv_head_of: tuple[int, ...], num_kv_heads: int) -> tuple[int, ...] | None:
-    """None where every KV head serves the same number of consecutive query heads, which kernels assume by default."""
+def uniform(kv_head_of: tuple[int, ...], num_kv_heads: int) -> bool:
+    """Whether every KV head serves the same number of consecutive query heads, which kernels assume by default."""
+    if num_kv_heads == 0 or len(kv_head_of) % num_kv_heads:
+        return not kv_head_of
     ratio = len(kv_head_of) // num_kv_heads
-    uniform = tuple(i // ratio for i in range(len(kv_head_of))) if len(kv_head_of) % num_kv_heads == 0 else ()
-    return None if kv_head_of == uniform else kv_head_of
+    return kv_head_of == tuple(i // ratio for i in range(len(kv_head_of)))
