@@ -150,7 +150,9 @@ def test_pieces_tile_every_slice_and_are_of_one_size(total: int, ranks: int, pie
 def test_a_pipeline_of_one_part_is_refused() -> None:
     assert ThreePhase(1, 2) and ThreePhase(2, 1)
     for counts in ((1, 1), (0, 2), (2, 0)):
-        with pytest.raises(ValueError, match=r"and one of them 2, got \d and \d; to cut nothing, leave the pipeline out"):
+        with pytest.raises(
+            ValueError, match=r"and one of them 2, got \d and \d; to cut nothing, leave the pipeline out"
+        ):
             ThreePhase(*counts)
 
 
