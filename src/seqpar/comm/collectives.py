@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup, Work
 
 from seqpar.comm.allreduce import all_reduce_algorithm, check_summable, sum_in_rank_order
-from seqpar.comm.flight import depart, is_watched
+from seqpar.comm.flight import announce, depart, is_watched
 from seqpar.comm.handle import Handle, failure
 from seqpar.comm.link import ranks_of
 from seqpar.comm.mesh import describe, is_deterministic
@@ -265,6 +265,7 @@ def send_recv_async(
     if (dst == rank) != (src == rank):
         raise ValueError(f"`dst` and `src` must both be this rank ({rank}) or neither, got {dst} and {src}")
     if dst == rank:
+        announce(op, label, group, x, x.shape, ([0] * group.size(),) * 2)  # the others count this rank in
         return Handle.finished(op, label, group, x)
     x = x.detach().contiguous()
     sent_bytes = x.numel() * x.itemsize
@@ -275,8 +276,8 @@ def send_recv_async(
         dist.P2POp(dist.irecv, _as_bytes(out), group=group, tag=tag, group_peer=src),
     ]
     launch = partial(dist.batch_isend_irecv, ops)
-    sizes = ((x.numel(),), (out.numel(),))
-    return _launched(op, label, group, launch, lambda: out, (x, out), sent_bytes, x.shape, sizes, src, dst)
+    sizes = _only(dst, x.numel(), group.size()), _only(src, out.numel(), group.size())
+    return _launched(op, label, group, launch, lambda: out, (x, out), sent_bytes, x.shape, sizes)
 
 
 def _alone(op: str, label: str, group: ProcessGroup, x: Tensor, elements: int) -> Handle:
@@ -357,9 +358,8 @@ def _launched(
     shape: Sequence[int] | None = None,
     sizes: tuple[Sequence[int], Sequence[int]] | None = None,
     src: int | None = None,
-    dst: int | None = None,
 ) -> Handle:
-    flight = depart(op, label, group, buffers[0], sent_bytes, shape, sizes, src, dst)
+    flight = depart(op, label, group, buffers[0], sent_bytes, shape, sizes, src)
     try:
         works = launch()
     except RuntimeError as error:

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from seqpar.comm import collectives as raw
+from seqpar.comm.check import current_check
 from seqpar.comm.link import ranks_of
 from seqpar.comm.steps import Steps, run
 from seqpar.partition import even_split
@@ -219,10 +220,10 @@ def send_recv_steps(
         ValueError: `dst` or `src` is no rank of the group, or just one of them is this rank.
     """
     handle = raw.send_recv_async(x, dst=dst, src=src, group=group, recv_shape=recv_shape, tag=tag, label=label)
-    if dst == group.rank():
-        return x
-    result = yield handle
     back = partial(send_recv, dst=src, src=dst, group=group, recv_shape=x.shape, tag=tag, label=_back(label))
+    if dst == group.rank():  # a check counts all ranks in, on the way back too
+        return x if current_check() is None else with_adjoint(x, x, back)
+    result = yield handle
     return with_adjoint(x, result, back)
 
 

@@ -13,7 +13,7 @@ from seqpar.comm.check import current_check
 from seqpar.comm.link import SimulatedLink, link_of, simulates
 from seqpar.comm.trace import Trace, Transfer, current_trace
 
-__all__ = ["Flight", "depart", "is_watched"]
+__all__ = ["Flight", "announce", "depart", "is_watched"]
 
 
 def is_watched() -> bool:
@@ -30,7 +30,6 @@ def depart(
     shape: Sequence[int] | None,
     sizes: tuple[Sequence[int], Sequence[int]] | None = None,
     src: int | None = None,
-    dst: int | None = None,
 ) -> Flight | None:
     """What to tell the link and the trace in force of a launch that sends `num_bytes`; None where there is neither.
 
@@ -41,17 +40,14 @@ def depart(
         x: a buffer of its dtype and on its device.
         num_bytes: sent by this rank.
         shape: of what the caller was given, where that is known.
-        sizes: elements sent to each rank and received from each; with `dst`, sent to it and received from `src`.
-        src: the rank that alone sends, or that sends to this one.
-        dst: the rank that this one sends to.
+        sizes: elements sent to each rank and received from each, in an exchange.
+        src: the rank that alone sends.
 
     Raises:
         ValueError: other ranks launch something else, where a check is in force; a simulated link, and tensors that are
             neither on a CPU nor on CUDA.
     """
-    checker = current_check()
-    if checker is not None:
-        checker.launch(op, label, group, x.dtype, shape, sizes, src, dst)
+    announce(op, label, group, x, shape, sizes, src)
     link, trace = link_of(group), current_trace()
     if link is None and trace is None:
         return None
@@ -61,6 +57,21 @@ def depart(
             "leave out `link.on`"
         )
     return Flight(op, label, x.device, num_bytes, link, trace)
+
+
+def announce(
+    op: str,
+    label: str,
+    group: ProcessGroup,
+    x: Tensor,
+    shape: Sequence[int] | None,
+    sizes: tuple[Sequence[int], Sequence[int]] | None,
+    src: int | None = None,
+) -> None:
+    """The part of `depart` that is for the check in force."""
+    checker = current_check()
+    if checker is not None:
+        checker.launch(op, label, group, x.dtype, shape, sizes, src)
 
 
 class Flight:
