@@ -1,10 +1,15 @@
 """The choice of algorithm, and sums in rank order."""
 
+import random
+from itertools import pairwise
+
 import pytest
 import torch
 
+from seqpar import comm
 from seqpar.comm import all_reduce_algorithm
 from seqpar.comm.allreduce import sum_in_rank_order
+from tests.ranks import run_mesh
 
 SIZES = [1 << k for k in range(30)]
 
@@ -51,3 +56,27 @@ def test_summands_stay(p, dtype):
 def test_what_has_no_sum_is_refused(dtype):
     with pytest.raises(TypeError, match=f"to be summed, got {dtype}"):
         sum_in_rank_order([torch.zeros(2).to(dtype)] * 2)
+
+
+def rows_by_chunks(mesh, dtype):
+    """Sums of a tensor and of its chunks, so large that the whole goes in two phases and some of them in one."""
+    group = comm.groups(mesh).tp
+    p, draw = group.size(), random.Random(4)
+    rows = ((9 << 20) if p == 2 else (600 << 10)) // (252 * dtype.itemsize)
+    torch.manual_seed(group.rank())
+    x = (torch.randn(rows, 252) * 2.0 ** torch.randint(-8, 9, (rows, 252))).to(dtype)
+    whole = comm.all_reduce(x, group=group)
+    assert all_reduce_algorithm(x.numel() * x.itemsize, p, True, "cpu") == "two_shot"
+    for _ in range(3):
+        cuts = sorted([draw.randint(1, rows // 3), *(draw.randint(0, rows) for _ in range(draw.randint(0, 2)))])
+        assert all_reduce_algorithm(x[: cuts[0]].numel() * x.itemsize, p, True, "cpu") == "one_shot"
+        sums = [comm.all_reduce(x[a:b], group=group) for a, b in pairwise((0, *cuts, rows))]
+        torch.testing.assert_close(torch.cat(sums), whole, rtol=0, atol=0)
+    mine = comm.reduce_scatter(x, group=group, dim=1)
+    torch.testing.assert_close(comm.all_gather(mine, group=group, dim=1), whole, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("p", [2, 3, 4])
+def test_deterministic_sums_do_not_depend_on_where_a_row_lies(p, dtype):
+    run_mesh((p, 1), rows_by_chunks, dtype, deterministic=True)

@@ -2,6 +2,7 @@
 
 from seqpar.kernels.attention import attention
 from seqpar.kernels.dispatch import Backend, choose_backend
+from seqpar.kernels.invariance import is_cut_invariant, is_row_invariant
 from seqpar.kernels.linear import linear, linear_backend
 from seqpar.kernels.merge import merge
 from seqpar.kernels.rms_norm import rms_norm
@@ -13,6 +14,8 @@ __all__ = [
     "RopeConfig",
     "attention",
     "choose_backend",
+    "is_cut_invariant",
+    "is_row_invariant",
     "linear",
     "linear_backend",
     "merge",
