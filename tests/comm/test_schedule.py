@@ -16,6 +16,7 @@ from seqpar.kv import PagedKV
 from seqpar.layers import ParallelDecoderLayer
 from seqpar.partition import HeadMap, even_ranges
 from seqpar.ragged import RaggedBatch
+from tests.comm.fakes import FakeGroup
 from tests.layers.reference import DecoderLayer, name_of, rope
 from tests.ranks import run_mesh
 
@@ -101,6 +102,117 @@ def test_schedules_nest(first: list[list[tuple[int, int]]], second: list[list[tu
     for index in range(1, len(shape)):
         for layer in range(layers):
             assert log.index(("append", index - 1, layer)) < log.index(("append", index, layer))
+
+
+Op = tuple[Any, ...]
+GROUP = FakeGroup()  # rank 0 of two, of which the other sends what this one does
+
+
+class Cache:
+    """What programs append at their marks, and see of those before them."""
+
+    def __init__(self, layers: int) -> None:
+        self.appended: list[list[tuple[int, int]]] = [[] for _ in range(layers)]
+
+    def append(self, layer: int, program: int, value: int) -> None:
+        self.appended[layer].append((program, value))
+
+    def seen(self, layer: int, program: int) -> int:
+        """The sum of what this program and those before it have appended, all of them and nobody later."""
+        programs, values = zip(*self.appended[layer], strict=True)
+        assert sorted({*programs}) == list(range(program + 1)), (layer, program, programs)
+        return sum(values)
+
+
+def made_of(ops: list[Op], index: int, cache: Cache, layer: int = 0) -> Generator[Any, Any, int]:
+    """A program of any operations on a number: compute, collectives by any algorithm, appends, schedules within."""
+    state = index + 1
+    for op, *args in ops:
+        if op == "compute":
+            state = state * 3 + args[0]
+        elif op == "append":  # at one mark, or in parts between a mark that opens and one that closes
+            for part in range(args[0]):
+                yield Mark(layer, opens=part == 0, closes=part == args[0] - 1)
+                cache.append(layer, index, state + part)
+                if part < args[0] - 1:
+                    state += yield from collective(args[1], state)
+            state += cache.seen(layer, index)
+            layer += 1
+        elif op == "within":
+            state += sum((yield from interleave_steps([made_of(part, index, cache, layer) for part in args[0]])))
+        else:
+            state = yield from collective(op, state)
+        state %= 1009
+    return state
+
+
+def collective(op: str, state: int) -> Generator[Any, Any, int]:
+    """A sum that each algorithm makes of one number on both ranks, in one handle, in two, or in none."""
+    x = torch.tensor([state, 1])
+    if op == "all_reduce":
+        x = yield from comm.all_reduce_steps(x, group=GROUP)
+    elif op == "two handles":
+        part = yield from comm.reduce_scatter_steps(x, group=GROUP)
+        x = yield from comm.all_gather_steps(part, group=GROUP)
+    elif op == "all_to_all":
+        x = yield from comm.all_to_all_steps(x, group=GROUP, send_sizes=[1, 1], recv_sizes=[1, 1])
+    elif op == "broadcast":
+        x = yield from comm.broadcast_steps(x, src=0, group=GROUP)
+    return int(x.sum())
+
+
+COLLECTIVES = ("all_reduce", "two handles", "all_to_all", "broadcast", "nothing sent")
+compute = st.tuples(st.just("compute"), st.integers(0, 9))
+sent = st.sampled_from(COLLECTIVES).map(lambda op: (op,))
+plain = st.lists(compute | sent, max_size=4)
+within = st.tuples(st.just("within"), st.lists(plain, min_size=2, max_size=3))
+between = st.lists(compute | sent | within, max_size=4)
+appends = st.tuples(st.just("append"), st.integers(1, 3), st.sampled_from(COLLECTIVES))
+
+
+@st.composite
+def batches(draw: st.DrawFn) -> list[list[Op]]:
+    """Programs that append to the same layers, with anything before, between and after."""
+    layers = draw(st.integers(0, 3))
+    return [
+        [op for _ in range(layers) for op in (*draw(between), draw(appends))] + draw(between)
+        for _ in range(draw(st.integers(1, 4)))
+    ]
+
+
+@given(batches())
+def test_any_programs_by_turns_give_what_they_give_one_after_another(programs: list[list[Op]]) -> None:
+    """Whatever they do, however often they yield: the same results, the same appends, the same collectives."""
+    layers = sum(op[0] == "append" for op in programs[0])
+    found, counts, appended = [], [], []
+    for drive in (interleave, lambda all_of_them: [run(each) for each in all_of_them]):
+        cache = Cache(layers)
+        with comm.record() as recorder:
+            found.append(drive([made_of(ops, index, cache) for index, ops in enumerate(programs)]))
+        counts.append(recorder.counts)
+        appended.append(cache.appended)
+    assert found[0] == found[1] and counts[0] == counts[1] and appended[0] == appended[1]
+
+
+@given(batches(), batches())
+def test_so_do_schedules_of_schedules(first: list[list[Op]], second: list[list[Op]]) -> None:
+    """Two schedules as programs of one: the later sees in each layer what all of the earlier have appended."""
+    layers = min(sum(op[0] == "append" for op in programs[0]) for programs in (first, second))
+    programs = [only(ops, layers) for ops in [*first, *second]]
+    found = []
+    for nested in (True, False):
+        cache = Cache(layers)
+        runs = [made_of(ops, index, cache) for index, ops in enumerate(programs)]
+        parts = [interleave_steps(runs[: len(first)]), interleave_steps(runs[len(first) :])]
+        results = interleave(parts) if nested else [run(part) for part in parts]
+        found.append(([*results[0], *results[1]], cache.appended))
+    assert found[0] == found[1]
+
+
+def only(ops: list[Op], layers: int) -> list[Op]:
+    """The program up to its append to that many layers."""
+    ends = [0, *(i + 1 for i, op in enumerate(ops) if op[0] == "append")]
+    return ops[: ends[layers]]
 
 
 def test_an_error_closes_every_program_and_waits_for_what_is_in_flight() -> None:
