@@ -40,6 +40,7 @@ from seqpar.comm.reshard import heads_to_seq, heads_to_seq_steps, seq_to_heads, 
 from seqpar.comm.schedule import interleave, interleave_steps
 from seqpar.comm.steps import Steps, call, is_wrapped, run, splits, start
 from seqpar.comm.trace import Exposure, Interval, Trace, TraceReport, trace
+from seqpar.comm.wire import Wire
 
 __all__ = [
     "LINK_PRESETS",
@@ -59,6 +60,7 @@ __all__ = [
     "Steps",
     "Trace",
     "TraceReport",
+    "Wire",
     "agree",
     "all_gather",
     "all_gather_async",

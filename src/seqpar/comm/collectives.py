@@ -27,6 +27,7 @@ from seqpar.comm.handle import Handle, failure
 from seqpar.comm.link import ranks_of
 from seqpar.comm.mesh import describe, is_deterministic
 from seqpar.comm.record import count
+from seqpar.comm.wire import Code, Wire, check_wire
 from seqpar.partition import even_split
 
 __all__ = [
@@ -40,17 +41,18 @@ __all__ = [
 ]
 
 
-def all_reduce_async(x: Tensor, *, group: ProcessGroup, label: str = "") -> Handle:
+def all_reduce_async(x: Tensor, *, group: ProcessGroup, label: str = "", wire: Wire | None = None) -> Handle:
     """Launch the sum of `x` over the ranks.
 
     In:    x{partial}, the same shape on every rank; not to be written until the wait.
     Out:   the sum, replicated, bitwise equal on all ranks.
-    Comm:  by size, see `all_reduce_algorithm`.
+    Comm:  by size, see `all_reduce_algorithm`; in a `wire` format in one shot for two ranks, else in two.
 
     Raises:
         TypeError: the dtype cannot be summed.
+        ValueError: a wire format that is none, or that the dtype cannot take.
     """
-    first, second = all_reduce_phases(x, group, label)
+    first, second = all_reduce_phases(x, group, label, wire)
     if second is None:
         return first
     # The second phase can only start when the first has ended: here that is in `wait`.
@@ -60,11 +62,16 @@ def all_reduce_async(x: Tensor, *, group: ProcessGroup, label: str = "") -> Hand
 Phase = Callable[[Tensor], Handle]
 
 
-def all_reduce_phases(x: Tensor, group: ProcessGroup, label: str) -> tuple[Handle, Phase | None]:
+def all_reduce_phases(
+    x: Tensor, group: ProcessGroup, label: str, wire: Wire | None = None
+) -> tuple[Handle, Phase | None]:
     """Launch an all-reduce; and, if it takes two phases, how to launch the second with the result of the first."""
     op, p, n = "all_reduce", group.size(), x.numel()
+    check_wire(wire, x)
     if p == 1:
-        return _all_reduce_alone(op, label, group, x)
+        return _all_reduce_alone(op, label, group, x, wire)
+    if wire is not None:
+        return _encoded_all_reduce(op, label, group, x.detach(), Code.of_sum(x, wire, p))
     check_summable(x.dtype)
     x = x.detach()
     algorithm = all_reduce_algorithm(n * x.itemsize, p, is_deterministic(group), x.device.type)
@@ -72,7 +79,8 @@ def all_reduce_phases(x: Tensor, group: ProcessGroup, label: str) -> tuple[Handl
     least = n + (p - 2) * own
     count(op, label, least * x.itemsize, ((p - 1) * n if algorithm == "one_shot" else least) * x.itemsize)
     if algorithm == "one_shot":
-        return _one_shot(op, label, group, x), None
+        flat = x.contiguous().view(-1)
+        return _one_shot(op, label, group, flat, x.shape).then(lambda total: total.view(x.shape)), None
     if algorithm == "backend":
         out = x.clone(memory_format=torch.contiguous_format)  # gloo reduces only part of a strided tensor
         sent_bytes = least * x.itemsize
@@ -86,7 +94,13 @@ def all_reduce_phases(x: Tensor, group: ProcessGroup, label: str) -> tuple[Handl
 
 
 def all_gather_async(
-    x: Tensor, *, group: ProcessGroup, dim: int = 0, sizes: Sequence[int] | None = None, label: str = ""
+    x: Tensor,
+    *,
+    group: ProcessGroup,
+    dim: int = 0,
+    sizes: Sequence[int] | None = None,
+    label: str = "",
+    wire: Wire | None = None,
 ) -> Handle:
     """Launch the concatenation of the ranks' `x` along `dim`.
 
@@ -95,30 +109,39 @@ def all_gather_async(
     Comm:  each rank sends its shard to p-1 others.
 
     Raises:
-        ValueError: `sizes` does not fit the group or `x`.
+        ValueError: `sizes` does not fit the group or `x`; a wire format that is none, or that the dtype cannot take.
     """
     op, p, rank = "all_gather", group.size(), group.rank()
     dim = _dim(x, dim)
     sizes = _sizes((x.shape[dim],) * p if sizes is None else sizes, "sizes", group)
     _check_rows(x.shape[dim], sizes[rank], f"`x.shape[{dim}]`", "this rank's entry of `sizes`")
+    codes = _codes(x, dim, sizes, wire)
     if p == 1:
-        return _alone(op, label, group, x, _rest(x, group))
+        return _alone(op, label, group, x, _rest(x, group), codes[0])
     x = x.detach()
-    count(op, label, (p - 1) * x.numel() * x.itemsize)
     others = prod(x.shape[:dim] + x.shape[dim + 1 :])
-    elements = [size * others for size in sizes]
+    elements = [code.size(size * others) for code, size in zip(codes, sizes, strict=True)]
 
     def unpack(flat: Tensor) -> Tensor:
-        if dim == 0:
-            return flat.view(sum(sizes), *x.shape[1:])
-        parts = zip(flat.split(elements), sizes, strict=True)
-        return torch.cat([part.view(*x.shape[:dim], size, *x.shape[dim + 1 :]) for part, size in parts], dim)
+        if dim == 0 and len(set(codes)) == 1:
+            return codes[0].decode(flat).view(sum(sizes), *x.shape[1:])
+        parts = zip(codes, flat.split(elements), sizes, strict=True)
+        shaped = [code.decode(part).view(*x.shape[:dim], size, *x.shape[dim + 1 :]) for code, part, size in parts]
+        return torch.cat(shaped, dim)
 
-    return _gather_parts(op, label, group, x.contiguous().view(-1), elements, unpack, x.shape)
+    part = codes[rank].encode(x)
+    count(op, label, (p - 1) * part.numel() * part.itemsize)
+    return _gather_parts(op, label, group, part, elements, unpack, x.shape)
 
 
 def reduce_scatter_async(
-    x: Tensor, *, group: ProcessGroup, dim: int = 0, sizes: Sequence[int] | None = None, label: str = ""
+    x: Tensor,
+    *,
+    group: ProcessGroup,
+    dim: int = 0,
+    sizes: Sequence[int] | None = None,
+    label: str = "",
+    wire: Wire | None = None,
 ) -> Handle:
     """Launch the sum of `x` over the ranks, of which each rank gets its slice along `dim`.
 
@@ -127,27 +150,38 @@ def reduce_scatter_async(
     Comm:  each rank sends all but its own slice.
 
     Raises:
-        ValueError: `sizes` does not fit the group or `x`.
+        ValueError: `sizes` does not fit the group or `x`; a wire format that is none, or that the dtype cannot take.
         TypeError: the dtype cannot be summed.
     """
     op, p, rank = "reduce_scatter", group.size(), group.rank()
     dim = _dim(x, dim)
     sizes = _sizes(even_split(x.shape[dim], p) if sizes is None else sizes, "sizes", group)
     _check_rows(x.shape[dim], sum(sizes), f"`x.shape[{dim}]`", "the sum of `sizes`")
+    codes = _codes(x, dim, sizes, wire)
     if p == 1:
-        return _alone(op, label, group, x, _rest(x, group))
+        return _alone(op, label, group, x, _rest(x, group), codes[0])
     check_summable(x.dtype)
     x = x.detach()
     others = prod(x.shape[:dim] + x.shape[dim + 1 :])
-    count(op, label, (x.shape[dim] - sizes[rank]) * others * x.itemsize)
-    flat = x.contiguous().view(-1) if dim == 0 else torch.cat([part.reshape(-1) for part in x.split(list(sizes), dim)])
+    if dim == 0 and len(set(codes)) == 1:
+        flat = codes[0].encode(x)
+    else:
+        flat = torch.cat([code.encode(part) for code, part in zip(codes, x.split(list(sizes), dim), strict=True)])
+    elements = [code.size(size * others) for code, size in zip(codes, sizes, strict=True)]
+    count(op, label, (flat.numel() - elements[rank]) * flat.itemsize)
     shape = (*x.shape[:dim], sizes[rank], *x.shape[dim + 1 :])
-    elements = [size * others for size in sizes]
-    return _reduce_parts(op, label, group, flat, elements, x.shape).then(lambda part: part.view(shape))
+    add = sum_in_rank_order if wire is None else codes[rank].sum
+    return _reduce_parts(op, label, group, flat, elements, x.shape, add).then(lambda part: part.view(shape))
 
 
 def all_to_all_async(
-    x: Tensor, *, group: ProcessGroup, send_sizes: Sequence[int], recv_sizes: Sequence[int], label: str = ""
+    x: Tensor,
+    *,
+    group: ProcessGroup,
+    send_sizes: Sequence[int],
+    recv_sizes: Sequence[int],
+    label: str = "",
+    wire: Wire | None = None,
 ) -> Handle:
     """Launch an exchange of rows.
 
@@ -156,27 +190,27 @@ def all_to_all_async(
     Comm:  each rank sends all rows but its own.
 
     Raises:
-        ValueError: the sizes do not fit the group, each other or `x`.
+        ValueError: the sizes do not fit the group, each other or `x`; a wire format that is none, or that the dtype
+            cannot take; one for rows that are single numbers.
     """
     op, p, rank = "all_to_all", group.size(), group.rank()
     send_sizes = _sizes(send_sizes, "send_sizes", group)
     recv_sizes = _sizes(recv_sizes, "recv_sizes", group)
     _check_rows(x.shape[0], sum(send_sizes), "`x.shape[0]`", "the sum of `send_sizes`")
     _check_rows(send_sizes[rank], recv_sizes[rank], "this rank's entry of `send_sizes`", "that of `recv_sizes`")
+    code = Code.of(x, wire)
+    if wire is not None and x.ndim < 2:
+        raise ValueError(f"`x` must have rows of several numbers to travel in a wire format, got shape {list(x.shape)}")
     if p == 1:
-        return _alone(op, label, group, x, _rest(x, group))
-    x = x.detach().contiguous()
+        return _alone(op, label, group, x, _rest(x, group), code)
     row = prod(x.shape[1:])
-    count(op, label, (x.shape[0] - send_sizes[rank]) * row * x.itemsize)
-    out = x.new_empty((sum(recv_sizes), *x.shape[1:]))
+    sent = code.encode(x.detach())
+    send, received = ([code.size(size * row) for size in sizes] for sizes in (send_sizes, recv_sizes))
+    count(op, label, (sent.numel() - send[rank]) * sent.itemsize)
+    out = sent.new_empty(sum(received))
+    shape = (sum(recv_sizes), *x.shape[1:])
     return exchange(
-        op,
-        label,
-        group,
-        (x.view(-1), [size * row for size in send_sizes]),
-        (out.view(-1), [size * row for size in recv_sizes]),
-        lambda: out,
-        shape=x.shape,
+        op, label, group, (sent, send), (out, received), lambda: code.decode(out).view(shape), shape=x.shape
     )
 
 
@@ -280,9 +314,10 @@ def send_recv_async(
     return _launched(op, label, group, launch, lambda: out, (x, out), sent_bytes, x.shape, sizes)
 
 
-def _alone(op: str, label: str, group: ProcessGroup, x: Tensor, elements: int) -> Handle:
+def _alone(op: str, label: str, group: ProcessGroup, x: Tensor, elements: int, code: Code | None = None) -> Handle:
     """A collective of one rank, whose link may have it take the time of sending `elements`."""
-    flight = depart(op, label, group, x, elements * x.itemsize, x.shape) if ranks_of(group) > 1 else None
+    num_bytes = elements * x.itemsize if code is None else code.num_bytes(elements)
+    flight = depart(op, label, group, x, num_bytes, x.shape) if ranks_of(group) > 1 else None
     return Handle.finished(op, label, group, x, flight)
 
 
@@ -291,15 +326,19 @@ def _rest(x: Tensor, group: ProcessGroup) -> int:
     return x.numel() - even_split(x.numel(), ranks_of(group))[0]
 
 
-def _all_reduce_alone(op: str, label: str, group: ProcessGroup, x: Tensor) -> tuple[Handle, Phase | None]:
+def _all_reduce_alone(
+    op: str, label: str, group: ProcessGroup, x: Tensor, wire: Wire | None
+) -> tuple[Handle, Phase | None]:
     """`_alone` in the phases that the ranks set by the link would need, each of which sends what rank 0 would."""
-    p, n = ranks_of(group), x.numel()
+    p, n, code = ranks_of(group), x.numel(), Code.of(x, wire)
     rest = _rest(x, group)
     gathered = (p - 1) * (n - rest)
     algorithm = all_reduce_algorithm(n * x.itemsize, p, is_deterministic(group), x.device.type)
+    if wire is not None:
+        algorithm = "one_shot" if p == 2 else "two_shot"
     if algorithm == "two_shot":
-        return _alone(op, label, group, x, rest), lambda part: _alone(op, label, group, part, gathered)
-    return _alone(op, label, group, x, (p - 1) * n if algorithm == "one_shot" else rest + gathered), None
+        return _alone(op, label, group, x, rest, code), lambda part: _alone(op, label, group, part, gathered, code)
+    return _alone(op, label, group, x, (p - 1) * n if algorithm == "one_shot" else rest + gathered, code), None
 
 
 Part = tuple[Tensor, list[int]]
@@ -367,10 +406,36 @@ def _launched(
     return Handle(op, label, group, works if isinstance(works, list) else (works,), finish, buffers, flight)
 
 
-def _one_shot(op: str, label: str, group: ProcessGroup, x: Tensor) -> Handle:
-    """Everything to everyone, then the sum here. With two ranks the buffers are `x` and the result's summand."""
-    p, rank, n = group.size(), group.rank(), x.numel()
-    flat = x.contiguous().view(-1)
+Sum = Callable[[Sequence[Tensor]], Tensor]
+"""The sum of what the ranks sent, in rank order."""
+
+
+def _encoded_all_reduce(op: str, label: str, group: ProcessGroup, x: Tensor, code: Code) -> tuple[Handle, Phase | None]:
+    """`all_reduce_phases` in a wire format, whose summands are rounded, and the sum too where it takes two phases."""
+    p, rows = group.size(), x.numel() // code.unit
+    flat = code.encode(x)
+    sizes = [code.size(size * code.unit) for size in even_split(rows, p)]
+    count(op, label, flat.numel() + (p - 2) * sizes[group.rank()])
+    if p == 2:
+        return _one_shot(op, label, group, flat, x.shape, code.sum).then(lambda total: total.view(x.shape)), None
+    return (
+        _reduce_parts(op, label, group, flat, sizes, x.shape, code.sum_encoded),
+        lambda part: _gather_parts(
+            op, label, group, part, sizes, lambda sent: code.decode(sent).view(x.shape), x.shape
+        ),
+    )
+
+
+def _one_shot(
+    op: str,
+    label: str,
+    group: ProcessGroup,
+    flat: Tensor,
+    shape: Sequence[int] | None = None,
+    add: Sum = sum_in_rank_order,
+) -> Handle:
+    """Everything to everyone, then the sum here. With two ranks the buffers are `flat` and the result's summand."""
+    p, rank, n = group.size(), group.rank(), flat.numel()
     sizes = _all_but(rank, n, p)
     recv = flat.new_empty((p - 1) * n)
     return exchange(
@@ -379,9 +444,9 @@ def _one_shot(op: str, label: str, group: ProcessGroup, x: Tensor) -> Handle:
         group,
         (flat if p == 2 else flat.repeat(p - 1), sizes),
         (recv, sizes),
-        lambda: _sum_with_own(recv, flat, p, rank).view(x.shape),
+        lambda: _sum_with_own(recv, flat, p, rank, add),
         (flat,),
-        x.shape,
+        shape,
     )
 
 
@@ -392,10 +457,11 @@ def _reduce_parts(
     flat: Tensor,
     sizes: Sequence[int],
     shape: Sequence[int] | None = None,
+    add: Sum = sum_in_rank_order,
 ) -> Handle:
     """The flat sum over the ranks of this rank's part of `flat`, whose parts are of `sizes`."""
     p, rank, mine = group.size(), group.rank(), sizes[group.rank()]
-    if flat.is_cuda and not is_deterministic(group) and len(set(sizes)) == 1:
+    if flat.is_cuda and add is sum_in_rank_order and not is_deterministic(group) and len(set(sizes)) == 1:
         out = flat.new_empty(mine)
         return _launched(
             op,
@@ -412,8 +478,8 @@ def _reduce_parts(
 
     def finish() -> Tensor:
         if trimmed:
-            return _sum_with_own(recv, flat[_own(sizes, rank)], p, rank)
-        return sum_in_rank_order(recv.view(p, mine).unbind(0))
+            return _sum_with_own(recv, flat[_own(sizes, rank)], p, rank, add)
+        return add(recv.view(p, mine).unbind(0))
 
     recv_sizes = _all_but(rank, mine, p) if trimmed else [mine] * p
     return exchange(op, label, group, (send, send_sizes), (recv, recv_sizes), finish, shape=shape)
@@ -468,13 +534,13 @@ def _own(sizes: Sequence[int], rank: int) -> slice:
     return slice(start, start + sizes[rank])
 
 
-def _sum_with_own(others: Tensor, own: Tensor, p: int, rank: int) -> Tensor:
+def _sum_with_own(others: Tensor, own: Tensor, p: int, rank: int, add: Sum = sum_in_rank_order) -> Tensor:
     """The sum in rank order of p parts, of which `others` holds all but this rank's; `others` may be written."""
-    if p == 2:
+    if p == 2 and add is sum_in_rank_order:
         return others.add_(own)  # one rounding, and the order of two does not matter
     parts = list(others.view(p - 1, own.numel()).unbind(0))
     parts.insert(rank, own)
-    return sum_in_rank_order(parts)
+    return add(parts)
 
 
 def _all_but(rank: int, size: int, p: int) -> list[int]:
@@ -487,6 +553,13 @@ def _only(rank: int, size: int, p: int) -> list[int]:
     sizes = [0] * p
     sizes[rank] = size
     return sizes
+
+
+def _codes(x: Tensor, dim: int, sizes: Sequence[int], wire: Wire | None) -> list[Code]:
+    """The code of each rank's part of `x` along `dim`; all are one, but where it is the rows that are cut."""
+    if wire is None or dim != x.ndim - 1:
+        return [Code.of(x, wire)] * len(sizes)
+    return [Code.of(x, wire, size) for size in sizes]
 
 
 def _dim(x: Tensor, dim: int) -> int:

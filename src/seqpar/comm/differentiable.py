@@ -23,6 +23,7 @@ from seqpar.comm import collectives as raw
 from seqpar.comm.check import current_check
 from seqpar.comm.link import ranks_of
 from seqpar.comm.steps import Steps, run
+from seqpar.comm.wire import Wire, check_wire
 from seqpar.partition import even_split
 
 __all__ = [
@@ -73,7 +74,12 @@ def with_adjoint(x: Tensor, result: Tensor, adjoint: Adjoint) -> Tensor:
 
 
 def all_reduce_steps(
-    x: Tensor, *, group: ProcessGroup, grad: Placement = "replicate", label: str = ""
+    x: Tensor,
+    *,
+    group: ProcessGroup,
+    grad: Placement = "replicate",
+    label: str = "",
+    wire: Wire | None = None,
 ) -> Steps[Tensor]:
     """The sum of `x` over the ranks.
 
@@ -81,14 +87,16 @@ def all_reduce_steps(
     Out:   the sum, replicated, bitwise equal on all ranks.
     Grad:  of the output: `grad`. "replicate" (every rank computes the same loss of it, Megatron's g): passed through.
            "partial" (every rank has its share of the loss): all-reduced.
-    Comm:  by size, see `all_reduce_algorithm`; one or two handles.
+    Comm:  by size, see `all_reduce_algorithm`; one or two handles. In a `wire` format one for two ranks, else two.
 
     Raises:
         TypeError: the dtype cannot be summed.
+        ValueError: a wire format that is none, or that the dtype cannot take.
     """
+    check_wire(wire, x)
     if ranks_of(group) == 1:
         return x
-    first, second = raw.all_reduce_phases(x, group, label)
+    first, second = raw.all_reduce_phases(x, group, label, wire)
     result = yield first
     if second is not None:
         result = yield second(result)
@@ -116,6 +124,7 @@ def all_gather_steps(
     sizes: Sequence[int] | None = None,
     grad: Placement = "partial",
     label: str = "",
+    wire: Wire | None = None,
 ) -> Steps[Tensor]:
     """The concatenation of the ranks' `x` along `dim`.
 
@@ -125,9 +134,9 @@ def all_gather_steps(
     Comm:  each rank sends its shard to p-1 others.
 
     Raises:
-        ValueError: `sizes` does not fit the group or `x`.
+        ValueError: `sizes` does not fit the group or `x`; a wire format that is none, or that the dtype cannot take.
     """
-    handle = raw.all_gather_async(x, group=group, dim=dim, sizes=sizes, label=label)
+    handle = raw.all_gather_async(x, group=group, dim=dim, sizes=sizes, label=label, wire=wire)
     if ranks_of(group) == 1:
         return x
     result = yield handle
@@ -139,7 +148,13 @@ def all_gather_steps(
 
 
 def reduce_scatter_steps(
-    x: Tensor, *, group: ProcessGroup, dim: int = 0, sizes: Sequence[int] | None = None, label: str = ""
+    x: Tensor,
+    *,
+    group: ProcessGroup,
+    dim: int = 0,
+    sizes: Sequence[int] | None = None,
+    label: str = "",
+    wire: Wire | None = None,
 ) -> Steps[Tensor]:
     """The sum of `x` over the ranks, of which each rank gets its slice along `dim`.
 
@@ -149,10 +164,10 @@ def reduce_scatter_steps(
     Comm:  each rank sends all but its own slice.
 
     Raises:
-        ValueError: `sizes` does not fit the group or `x`.
+        ValueError: `sizes` does not fit the group or `x`; a wire format that is none, or that the dtype cannot take.
         TypeError: the dtype cannot be summed.
     """
-    handle = raw.reduce_scatter_async(x, group=group, dim=dim, sizes=sizes, label=label)
+    handle = raw.reduce_scatter_async(x, group=group, dim=dim, sizes=sizes, label=label, wire=wire)
     if ranks_of(group) == 1:
         return x
     result = yield handle
@@ -161,7 +176,13 @@ def reduce_scatter_steps(
 
 
 def all_to_all_steps(
-    x: Tensor, *, group: ProcessGroup, send_sizes: Sequence[int], recv_sizes: Sequence[int], label: str = ""
+    x: Tensor,
+    *,
+    group: ProcessGroup,
+    send_sizes: Sequence[int],
+    recv_sizes: Sequence[int],
+    label: str = "",
+    wire: Wire | None = None,
 ) -> Steps[Tensor]:
     """An exchange of rows.
 
@@ -171,9 +192,10 @@ def all_to_all_steps(
     Comm:  each rank sends all rows but its own.
 
     Raises:
-        ValueError: the sizes do not fit the group, each other or `x`.
+        ValueError: the sizes do not fit the group, each other or `x`; a wire format that is none, or that the dtype
+            cannot take; one for rows that are single numbers.
     """
-    handle = raw.all_to_all_async(x, group=group, send_sizes=send_sizes, recv_sizes=recv_sizes, label=label)
+    handle = raw.all_to_all_async(x, group=group, send_sizes=send_sizes, recv_sizes=recv_sizes, label=label, wire=wire)
     if ranks_of(group) == 1:
         return x
     result = yield handle

@@ -29,8 +29,7 @@ from seqpar.comm.handle import Handle
 from seqpar.comm.mesh import describe
 from seqpar.comm.record import count
 from seqpar.comm.steps import Steps
-from seqpar.comm.wire import RowCode
-from seqpar.kernels.quantize import Wire
+from seqpar.comm.wire import Code, Wire, check_wire
 from seqpar.partition import Range
 
 __all__ = ["heads_to_seq", "heads_to_seq_steps", "seq_to_heads", "seq_to_heads_steps"]
@@ -187,7 +186,7 @@ def heads_to_seq_steps(
 
 
 def _to_heads_steps(
-    x: Tensor, *, plan: Reshard, group: ProcessGroup, label: str, code: RowCode | None = None
+    x: Tensor, *, plan: Reshard, group: ProcessGroup, label: str, code: Code | None = None
 ) -> Steps[Tensor]:
     if group.size() == 1:
         return _select(x, plan)
@@ -207,7 +206,7 @@ def _to_heads_steps(
 
 
 def _to_seq_steps(
-    x: Tensor, *, plan: Reshard, group: ProcessGroup, label: str, code: RowCode | None = None
+    x: Tensor, *, plan: Reshard, group: ProcessGroup, label: str, code: Code | None = None
 ) -> Steps[Tensor]:
     if group.size() == 1:
         return x
@@ -232,29 +231,21 @@ def _exchange(
     recv_sizes: Sequence[int],
     group: ProcessGroup,
     label: str,
-    code: RowCode | None,
+    code: Code | None,
     finish: Callable[[Tensor], Tensor],
 ) -> Handle:
-    """Launch the all-to-all of a flat buffer, encoded where there is a code; `finish` gets what arrives, decoded."""
-    sent = flat if code is None else code.encode(flat)
-    send, received = [
-        list(sizes) if code is None else [code.num_bytes(size) for size in sizes] for sizes in (send_sizes, recv_sizes)
-    ]
+    """Launch the all-to-all of a flat buffer; `finish` gets what arrives."""
+    code = Code.of(flat, None) if code is None else code
+    sent, rank = code.encode(flat), group.rank()
+    send, received = ([code.size(size) for size in sizes] for sizes in (send_sizes, recv_sizes))
     recv = sent.new_empty(sum(received))
-    count("all_to_all", label, (sent.numel() - send[group.rank()]) * sent.itemsize)
-    return exchange(
-        "all_to_all",
-        label,
-        group,
-        (sent, send),
-        (recv, received),
-        lambda: finish(recv if code is None else code.decode(recv)),
-    )
+    count("all_to_all", label, (sent.numel() - send[rank]) * sent.itemsize)
+    return exchange("all_to_all", label, group, (sent, send), (recv, received), lambda: finish(code.decode(recv)))
 
 
-def _code(plan: Reshard, x: Tensor, wire: Wire | None, head_dim: int | None) -> RowCode | None:
-    unit = None if head_dim is None and wire is None else plan.unit(head_dim)
-    return RowCode.of(x, wire, unit)
+def _code(plan: Reshard, x: Tensor, wire: Wire | None, head_dim: int | None) -> Code | None:
+    check_wire(wire, x)
+    return None if wire is None else Code.of(x, wire, plan.unit(head_dim))
 
 
 def _select(x: Tensor, plan: Reshard) -> Tensor:

@@ -1,48 +1,102 @@
-"""Wire formats: what a collective sends in 8 bits instead of as it is.
+"""Wire formats: what a collective sends in 8 bits a number instead of as it is.
 
-Rows are encoded before the launch and decoded in the wait (`seqpar.kernels.quantize`), so what travels is bytes, and
-its exchange is the one of any other tensor. A row's bytes depend on that row alone, and so does its result: not on the
-rows that travel with it, nor on which rank holds it, for the own part is rounded like the others'.
+Rows are encoded before the launch and decoded in the wait (`seqpar.kernels.quantize`), so what travels is bytes, whose
+exchange is that of any other tensor, and schedules, links, traces and counts see them as such. Errors:
+
+* all_gather, all_to_all, the reshards: one rounding of each number.
+* reduce_scatter: the sum of the roundings of the p summands; they are added in float32, in rank order.
+* all_reduce of two ranks: the same, for each sends the other all that it has. Of more: rows are summed where
+  reduce_scatter would put them, and the sums rounded once more to be gathered.
+
+What a rank keeps is rounded like what it sends. So ranks agree bit for bit, and a row's result depends on that row
+alone: not on the rows that travel with it, on how many, or on which rank holds it. A prompt in chunks is the prompt at
+once. That is also why the number of ranks alone decides between the two forms of all_reduce, where one without a wire
+format goes by size.
+
+Gradients are those of the same collective without a wire format, and travel as they are: rounding has a derivative of
+zero almost everywhere, and what trains through it is the straight-through estimate. A group of one sends nothing, and
+rounds nothing.
+
+Rounding to nearest, with the error left where it falls, is the whole method: what other work adds (a rotation before,
+a sparse part at full precision, errors carried to the next step) costs bytes, compute or state.
+
+Source: two-step reduction in low precision is Flash Communication's (arXiv:2412.04964); ISO (arXiv:2409.11155) sends
+int8 between cards without a fast link.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from seqpar.kernels.quantize import Wire, check_wire, decode, encode, encoded_width
+from seqpar.kernels.quantize import GROUP, Wire, check_wire, decode, encode, encoded_width
 
-__all__ = ["RowCode", "Wire"]
+__all__ = ["Code", "Wire", "check_wire"]
 
 
-class RowCode(NamedTuple):
-    """How the rows of a flat tensor, `unit` numbers each, are encoded; and what dtype they had."""
+class Code(NamedTuple):
+    """How the numbers of a tensor travel: as they are, or encoded in rows of `unit`."""
 
-    wire: Wire
+    wire: Wire | None
     unit: int
     dtype: torch.dtype
 
     @classmethod
-    def of(cls, x: Tensor, wire: Wire | None, unit: int | None) -> RowCode | None:
-        """The code of `x`; None where it travels as it is.
+    def of(cls, x: Tensor, wire: Wire | None, unit: int | None = None) -> Code:
+        """The code of `x`, whose rows are its last dimension.
 
         Raises:
             ValueError: an unknown format, or a dtype that it does not take.
         """
         check_wire(wire, x)
-        return None if wire is None or unit is None else cls(wire, unit, x.dtype)
+        return cls(wire, max(1, (x.shape[-1] if x.ndim else 1) if unit is None else unit), x.dtype)
+
+    @classmethod
+    def of_sum(cls, x: Tensor, wire: Wire | None, p: int) -> Code:
+        """The code of a tensor whose rows are shared out to `p` ranks: by groups where there are few rows.
+
+        The bytes of a group are the same in both.
+        """
+        code = cls.of(x, wire)
+        few = code.unit % GROUP == 0 and x.numel() < 8 * p * code.unit
+        return code._replace(unit=GROUP) if few else code
+
+    def size(self, numel: int) -> int:
+        """Elements of the buffer that carries so many numbers."""
+        return numel if self.wire is None else numel // self.unit * encoded_width(self.unit)
 
     def num_bytes(self, numel: int) -> int:
-        """Bytes of so many numbers, in whole rows."""
-        return numel // self.unit * encoded_width(self.unit)
+        """Bytes of that buffer."""
+        return self.size(numel) * (self.dtype.itemsize if self.wire is None else 1)
 
-    def encode(self, flat: Tensor) -> Tensor:
-        """The bytes of rows, flat."""
-        return encode(flat.view(-1, self.unit), self.wire).view(-1)
+    def encode(self, x: Tensor) -> Tensor:
+        """The flat buffer that travels; the memory of `x` itself where that is contiguous and travels as it is."""
+        flat = x.contiguous().view(-1)
+        if self.wire is None:
+            return flat
+        return encode(flat.view(-1, self.unit), self.wire, limit=self.dtype).view(-1)
 
-    def decode(self, data: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """The numbers of encoded rows, flat."""
-        rows = data.view(-1, encoded_width(self.unit))
+    def decode(self, flat: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """The numbers, flat."""
+        if self.wire is None:
+            return flat
+        rows = flat.view(-1, encoded_width(self.unit))
         return decode(rows, self.unit, dtype or self.dtype, self.wire).view(-1)
+
+    def total(self, parts: Sequence[Tensor]) -> Tensor:
+        """The sum in float32 of encoded tensors, from left to right."""
+        total = self.decode(parts[0], torch.float32)
+        for part in parts[1:]:
+            total += self.decode(part, torch.float32)
+        return total
+
+    def sum(self, parts: Sequence[Tensor]) -> Tensor:
+        """`total`, rounded to the dtype."""
+        return self.total(parts).to(self.dtype)
+
+    def sum_encoded(self, parts: Sequence[Tensor]) -> Tensor:
+        """`total`, encoded."""
+        return self.encode(self.total(parts))

@@ -1,4 +1,4 @@
-"""Rows of numbers in 8 bits each, with a float32 scale for every group: what travels where links are slow."""
+"""Rows of numbers in 8 bits each, with a scale for every group: what travels where links are slow."""
 
 from __future__ import annotations
 
@@ -17,18 +17,27 @@ __all__ = ["GROUP", "Wire", "check_wire", "decode", "encode", "encoded_width"]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def encode(x: Float[Tensor, "rows n"], wire: Wire, *, backend: Backend = "auto") -> UInt8[Tensor, "rows bytes"]:
-    """Rows as bytes: a code for each number, then a float32 scale for each group of 128 numbers.
+def encode(
+    x: Float[Tensor, "rows n"], wire: Wire, *, limit: torch.dtype | None = None, backend: Backend = "auto"
+) -> UInt8[Tensor, "rows bytes"]:
+    """Rows as bytes: a code for each number, then a bfloat16 scale for each group of 64 numbers.
 
     In:    x[rows, n] in float32, bfloat16 or float16; the last group of a row may be short.
-    Out:   [rows, n + 4 * ceil(n / 128)]; a row's bytes depend on that row alone.
+    Out:   [rows, n + 2 * ceil(n / 64)]; a row's bytes depend on that row alone.
+    Grad:  none.
 
-    With A the largest magnitude of a group, `decode` gives back each number x of it up to
-      int8:  A / 254 (half of the step A / 127);
-      fp8:   the greater of |x| / 16 and A / 458752 (float8_e4m3fn, scaled so that A is its largest number, 448),
-    to within a few float32 roundings of A and the rounding to the dtype asked for; where A is below 1.5e-36 (int8) or
-    5.3e-36 (fp8), to within 6e-39. Finite numbers stay finite; a group with an infinity or a NaN becomes NaN
-    throughout.
+    With A the largest magnitude of a group, `decode` gives back its numbers x to within
+      int8:  A / 253, half of a step;
+      fp8:   the greater of |x| / 16 and A / 456000 (float8_e4m3fn, scaled so that A becomes its largest number),
+    and a few float32 roundings of A and the one to the dtype asked for. Groups below 6e-36 may lose 6e-39 more; those
+    within 1 % of the largest number of their dtype may lose twice as much, so that finite numbers stay finite. A group
+    with an infinity or a NaN becomes NaN as a whole.
+
+    Args:
+        x: the rows.
+        wire: the format.
+        limit: the dtype in whose range the numbers must stay; by default that of `x`.
+        backend: which implementation.
 
     Raises:
         ValueError: an unknown format, or another dtype.
@@ -37,9 +46,9 @@ def encode(x: Float[Tensor, "rows n"], wire: Wire, *, backend: Backend = "auto")
     if backend == "auto":
         backend = choose_backend("quantize", x.device, x.dtype)
     if backend == "torch":
-        return pytorch.encode(x, wire)
+        return pytorch.encode(x, wire, limit or x.dtype)
     if backend == "reference":
-        return reference.encode(x, wire)
+        return reference.encode(x, wire, limit or x.dtype)
     raise unknown_backend(backend)
 
 
@@ -48,7 +57,7 @@ def decode(
 ) -> Float[Tensor, "rows n"]:
     """The numbers of encoded rows.
 
-    In:    data[rows, n + 4 * ceil(n / 128)], as `encode` made it.
+    In:    data[rows, n + 2 * ceil(n / 64)], as `encode` made it.
     Out:   [rows, n] in `dtype`, rounded once from the float32 products of codes and scales.
 
     Raises:
