@@ -149,7 +149,8 @@ class Interleave:
 
     Args:
         chunks: how many, of equal numbers of tokens; requests are cut where that falls.
-        cuts: the first tokens of all chunks but the first instead, for steps of one known size.
+        cuts: the first tokens of all chunks but the first instead, for steps of one known size. Tokens are counted
+            request after request, without padding.
         min_tokens: steps of fewer tokens are not cut: decodes, which would read all weights once for each chunk, and
             prompts whose halves are too small to be computed efficiently.
 
@@ -185,7 +186,10 @@ class Interleave:
         if self.cuts is None:
             return tuple(chunk.start for chunk in even_ranges(num_tokens, min(self.chunks, num_tokens))[1:])
         if self.cuts[-1] >= num_tokens:
-            raise ValueError(f"`cuts` must lie within the step's {num_tokens} tokens, got {list(self.cuts)}")
+            raise ValueError(
+                f"`cuts` must lie within the step's {num_tokens} tokens, got {list(self.cuts)}; give cuts for steps of "
+                "this size (padding is not counted), or `chunks`"
+            )
         return tuple(self.cuts)
 
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
 
 from seqpar import comm
-from seqpar.hf import parallelize
+from seqpar.hf import ParallelCache, parallelize
 from seqpar.partition import Interleave
-from tests.hf.tiny import ARCHITECTURES, exact_norms, tiny_model
+from tests.hf.tiny import ARCHITECTURES, exact_norms, prompts, tiny_model
 from tests.kernels.own_errors import own_errors
 from tests.layers.reference import name_of
 from tests.ranks import run_mesh
@@ -82,6 +83,51 @@ def test_as_many_chunks_run_as_were_asked_for(layout: tuple[int, int]) -> None:
     assert run_mesh(layout, calls, Interleave(3, min_tokens=13), 1)[0] == (6, 6)
 
 
+def edges(mesh: comm.DeviceMesh) -> None:
+    """Cuts at the ends of requests, next to them and inside; a row that is padding only; chunks of one token each."""
+    model, oracle, inputs = tiny_model("qwen3"), exact_norms(tiny_model("qwen3")), padded()
+    inputs = {name: torch.cat([x[:1], torch.zeros_like(x[:1]), x[1:]]) for name, x in inputs.items()}
+    keep = inputs["attention_mask"].bool()
+    per_chunk = 2 * sum(size > 1 for size in comm.groups(mesh).layout)
+    with torch.no_grad():
+        expected = oracle(**inputs).logits[keep]
+    for cuts in ((11,), (10,), (12,), (17,), (1,), (10, 11, 12), (11, 15), tuple(range(1, 18))):
+        with parallelize(model, mesh, overlap=Interleave(cuts=cuts, min_tokens=18)), torch.no_grad():
+            with comm.record() as sent:
+                found = model(**inputs).logits
+            torch.testing.assert_close(found[keep], expected, rtol=1e-9, atol=1e-10)
+            assert not found[~keep].any()
+            calls = sum(count.calls for (_, label), count in sent.counts.items() if ".layers." in label)
+            assert calls == 3 * per_chunk * (len(cuts) + 1)
+
+
+@pytest.mark.parametrize("layout", [(2, 1), (1, 2), (2, 2)], ids=name_of)
+def test_cuts_may_fall_anywhere(layout: tuple[int, int]) -> None:
+    run_mesh(layout, edges)
+
+
+def call_by_call(mesh: comm.DeviceMesh, kind: str, dtype: torch.dtype) -> None:
+    """One forward of interleaved chunks is, bit for bit, the forwards of its chunks one after another."""
+    model, ids, cuts = tiny_model(kind, dtype=dtype), prompts(1, 23), (7, 8, 16)
+    with parallelize(model, mesh, overlap=Interleave(cuts=cuts, min_tokens=23)), torch.no_grad():
+        at_once = model.model(ids, use_cache=True)  # the head is one product, of all rows that are asked for
+        cache, states = None, []
+        for a, b in pairwise((0, *cuts, 23)):
+            out = model.model(ids[:, a:b], past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+            states.append(out.last_hidden_state)
+        assert torch.equal(at_once.last_hidden_state, torch.cat(states, 1))
+        again = [model(ids[:, :1], past_key_values=each).logits for each in (at_once.past_key_values, cache)]
+        assert torch.equal(*again)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", [(2, 1), (1, 2), (2, 2)], ids=name_of)
+def test_chunks_by_turns_are_calls_one_after_another(layout: tuple[int, int], dtype: torch.dtype) -> None:
+    run_mesh(layout, call_by_call, "llama", dtype)
+    run_mesh(layout, call_by_call, "mistral", dtype)
+
+
 def trained(mesh: comm.DeviceMesh) -> None:
     """With gradients a step runs as it is: they do not flow through the cache that chunks share."""
     model, ids = tiny_model("llama"), torch.arange(12)[None]
@@ -92,6 +138,32 @@ def trained(mesh: comm.DeviceMesh) -> None:
 
 def test_steps_with_gradients_are_not_cut() -> None:
     run_mesh((2, 1), trained)
+
+
+def other_sizes(mesh: comm.DeviceMesh) -> None:
+    """Cuts in `generate`: a prefill that they do not fit is refused before anything is sent or kept; others run."""
+    model, oracle = tiny_model("llama"), tiny_model("llama")
+    options = {"max_new_tokens": 5, "do_sample": False}
+    with parallelize(model, mesh, overlap=Interleave(cuts=(9, 14), min_tokens=2)) as parallel:
+        for ids in (prompts(1, 14), prompts(2, 5), prompts(1, 9)):
+            refused = pytest.raises(ValueError, match=rf"within the step's {ids.numel()} tokens, got \[9, 14\]; give")
+            cache = ParallelCache()
+            with refused, comm.record() as sent:
+                model.generate(ids, past_key_values=cache, **options)
+            assert not any(label.startswith("model") for _, label in sent.counts), sent.table()
+            assert cache.get_seq_length() == 0
+        for ids in (prompts(1, 15), prompts(3, 9)):  # three requests decode above the gate, and yet whole
+            assert torch.equal(model.generate(ids, **options), oracle.generate(ids, **options))
+        with comm.record() as sent:
+            model.generate(prompts(3, 9), **options)
+        calls = sum(count.calls for (_, label), count in sent.counts.items() if ".layers." in label)
+        ended = 2 if parallel.groups.layout.tp > 1 else 1  # by the second chunk, whose rows nobody asks for
+        assert calls == 3 * 6 - ended + 4 * 6
+
+
+@pytest.mark.parametrize("layout", [(2, 1), (1, 2)], ids=name_of)
+def test_cuts_that_do_not_fit_a_prefill(layout: tuple[int, int]) -> None:
+    run_mesh(layout, other_sizes)
 
 
 def refusals(mesh: comm.DeviceMesh) -> None:

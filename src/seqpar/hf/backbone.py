@@ -319,8 +319,8 @@ class ParallelBackbone(nn.Module):
         return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*inputs, *self.parameters()))
 
     def _cuts(self, padding: Padding, store: CacheStore | None) -> tuple[int, ...]:
-        """Where a step without gradients is cut; rows that hold several sequences each are not."""
-        if self.overlap is None or len(padding.q_lens) != padding.shape[0]:
+        """Where a step without gradients is cut; rows that hold several sequences each are not, nor are decodes."""
+        if self.overlap is None or len(padding.q_lens) != padding.shape[0] or max(padding.q_lens) == 1:
             return ()
         if isinstance(self.overlap, AutoOverlap):
             cached = store.lengths if store is not None and store.lengths else (0,) * len(padding.q_lens)

@@ -175,8 +175,8 @@ def parallelize(
         sequence_sharded: split activations between the linears over `tp` too: reduce-scatters and all-gathers replace
             the all-reduces, and norms are not repeated (arXiv:2205.05198).
         overlap: cut large steps into chunks whose collectives hide under each other's compute (ISO); the same results,
-            up to rounding. Steps below its gate and steps with gradients run as they are. "auto" decides by what the
-            layers and their collectives take on these ranks, measured at the first step above the gate of
+            up to rounding. Steps below its gate, decodes and steps with gradients run as they are. "auto" decides by
+            what the layers and their collectives take on these ranks, measured at the first step above the gate of
             `AutoOverlap`; `explain_overlap` says why.
 
     Comm:  agreement on the model and on samples of its weights.
