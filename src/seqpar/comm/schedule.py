@@ -8,9 +8,9 @@ program advances until it has launched its next collective, and is waited for wh
   n = 2 and worse from 3 on.
 * Who goes next depends on the programs' yields alone, never on what has arrived, so every rank launches the same
   collectives in the same order. Polling for whatever is ready first would not.
-* A program never passes its k-th `Mark` before the program before it has. Programs need not yield equally often, and
-  the mark, at the append to a layer's cache, is what keeps a later chunk from attending to keys that are not there yet.
-  The first program is never held back, so nothing can deadlock.
+* A program never passes its k-th `Mark` before the program before it has, unless they are said to be unrelated.
+  Programs need not yield equally often, and the mark, at the append to a layer's cache, is what keeps a later chunk
+  from attending to keys that are not there yet. The first program is never held back, so nothing can deadlock.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ __all__ = ["interleave", "interleave_steps"]
 T = TypeVar("T")
 
 
-def interleave(programs: Sequence[Steps[T]]) -> list[T]:
+def interleave(programs: Sequence[Steps[T]], *, ordered: bool = True) -> list[T]:
     """Drive several programs by turns, each computing while the others' collectives are in flight.
 
     One compute stream runs the programs' local work in the order of the turns; every rank must pass the same programs.
@@ -35,6 +35,8 @@ def interleave(programs: Sequence[Steps[T]]) -> list[T]:
 
     Args:
         programs: in causal order: a later one may need what an earlier one appends at a `Mark`.
+        ordered: False for programs that do not need each other's appends, such as batches of different requests: then
+            none is held back at its marks.
 
     Returns:
         What each program returned.
@@ -42,22 +44,22 @@ def interleave(programs: Sequence[Steps[T]]) -> list[T]:
     Raises:
         CommError: a collective failed; the other programs are closed.
     """
-    return run(interleave_steps(programs))
+    return run(interleave_steps(programs, ordered=ordered))
 
 
-def interleave_steps(programs: Sequence[Steps[T]]) -> Steps[list[T]]:
+def interleave_steps(programs: Sequence[Steps[T]], *, ordered: bool = True) -> Steps[list[T]]:
     """`interleave` as a program of its own, for a layer that hides its own collectives.
 
-    Yields each handle when its turn to be waited for has come, after the others have computed; and a mark when the
-    first program opens it and when the last one closes it, so that schedules nest.
+    Yields each handle when its turn to be waited for has come, after the others have computed; and a mark when one
+    program is the first to open it and when one is the last to close it, so that schedules nest.
     """
     turns = [_Turns(steps, index) for index, steps in enumerate(programs)]
     try:
         while not all(program.finished for program in turns):
             for index, program in enumerate(turns):
                 if not program.finished:
-                    before = turns[index - 1] if index else None
-                    yield from program.advance(before, first=not index, last=index == len(turns) - 1)
+                    before = turns[index - 1] if index and ordered else None
+                    yield from program.advance(before, [other for other in turns if other is not program])
     except BaseException:
         for program in turns:
             program.close()
@@ -78,7 +80,7 @@ class _Turns(Generic[T]):
         self._opened = self._closed = 0
         self.finished = False
 
-    def advance(self, before: _Turns[T] | None, *, first: bool, last: bool) -> Steps[None]:
+    def advance(self, before: _Turns[T] | None, others: Sequence[_Turns[T]]) -> Steps[None]:
         """Wait for what is in flight and compute up to the next launch, or to a mark that `before` has yet to pass."""
         value = None
         if self._handle is not None:
@@ -86,7 +88,7 @@ class _Turns(Generic[T]):
             self._handle = None
         while self._may_go_on(before):
             if self._mark is not None:
-                yield from self._pass(self._mark, first, last)
+                yield from self._pass(self._mark, others)
             try:
                 item = resume(self._steps, value, self._index)
             except StopIteration as stop:
@@ -111,11 +113,12 @@ class _Turns(Generic[T]):
             return True
         return before._closed > self._opened
 
-    def _pass(self, mark: Mark, first: bool, last: bool) -> Steps[None]:
-        """Pass a mark, and tell an outer schedule of the first program's opening and of the last one's closing."""
+    def _pass(self, mark: Mark, others: Sequence[_Turns[T]]) -> Steps[None]:
+        """Pass a mark, and tell an outer schedule where no other has opened, or all have closed, as often."""
         self._mark = None
         self._opened += mark.opens
         self._closed += mark.closes
-        opens, closes = mark.opens and first, mark.closes and last
+        opens = mark.opens and all(other._opened < self._opened for other in others)
+        closes = mark.closes and all(other.finished or other._closed >= self._closed for other in others)
         if opens or closes:
             yield Mark(mark.layer, opens=opens, closes=closes)

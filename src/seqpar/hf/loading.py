@@ -20,7 +20,7 @@ from seqpar.hf.checkpoint import DTYPES, Checkpoint, parse_object
 from seqpar.hf.models import ARCHITECTURES, check_config
 from seqpar.hf.swap import LoadReport, Parallelized, build
 from seqpar.layers import iter_sources
-from seqpar.partition import Interleave
+from seqpar.partition import Interleave, ThreePhase
 
 __all__ = ["load"]
 
@@ -37,6 +37,7 @@ def load(
     progress: bool | None = None,
     sequence_sharded: bool = False,
     overlap: Interleave | AutoOverlap | Literal["auto", "off"] = "off",
+    pipeline: ThreePhase | None = None,
 ) -> PreTrainedModel:
     """Load a causal LM from safetensors, each rank its own slices.
 
@@ -48,6 +49,7 @@ def load(
         progress: show a bar on rank 0; by default where stderr is a terminal.
         sequence_sharded: see `parallelize`.
         overlap: see `parallelize`.
+        pipeline: see `parallelize`.
 
     Returns:
         The Transformers model in evaluation mode; `model.seqpar` has the `LoadReport`.
@@ -65,10 +67,10 @@ def load(
     content = b""
     with agreed(groups.flat):
         checkpoint, whole = _build_on_meta(Path(path), dtype)
-        modules = build(whole, groups, sequence_sharded=sequence_sharded, overlap=overlap)
+        modules = build(whole, groups, sequence_sharded=sequence_sharded, overlap=overlap, pipeline=pipeline)
         parallel = Parallelized(whole, groups, *modules)
         _check(checkpoint, parallel)
-        content = _describe(checkpoint, parallel) + f"{sequence_sharded} {overlap}".encode()
+        content = _describe(checkpoint, parallel) + f"{sequence_sharded} {overlap} {pipeline}".encode()
     check_same("checkpoint, `dtype` and options", content, group=groups.flat, device=place)
     assert parallel is not None and checkpoint is not None
     show = groups.flat.rank() == 0 and (sys.stderr.isatty() if progress is None else progress)

@@ -34,7 +34,7 @@ from seqpar.layers import (
     name_modules,
     sync_gradients,
 )
-from seqpar.partition import HeadMap, Interleave
+from seqpar.partition import HeadMap, Interleave, ThreePhase
 
 __all__ = ["LoadReport", "Parallelized", "build", "parallelize"]
 
@@ -162,6 +162,7 @@ def parallelize(
     *,
     sequence_sharded: bool = False,
     overlap: Interleave | AutoOverlap | Literal["auto", "off"] = "off",
+    pipeline: ThreePhase | None = None,
 ) -> Parallelized:
     """Swap the stack and the head of a model for parallel ones, in place.
 
@@ -178,6 +179,8 @@ def parallelize(
             up to rounding. Steps below its gate, decodes and steps with gradients run as they are. "auto" decides by
             what the layers and their collectives take on these ranks, measured at the first step above the gate of
             `AutoOverlap`; `explain_overlap` says why.
+        pipeline: cut the attention of large steps into parts whose all-to-alls over `sp` hide under each other's
+            attention (CSPS); the same results, up to rounding.
 
     Comm:  agreement on the model and on samples of its weights.
 
@@ -189,8 +192,8 @@ def parallelize(
     content, modules = b"", None
     with agreed(groups.flat):
         check_model(model)
-        content = _sample(model) + f"{sequence_sharded} {overlap}".encode()
-        modules = build(model, groups, sequence_sharded=sequence_sharded, overlap=overlap)
+        content = _sample(model) + f"{sequence_sharded} {overlap} {pipeline}".encode()
+        modules = build(model, groups, sequence_sharded=sequence_sharded, overlap=overlap, pipeline=pipeline)
     check_same("config and weights of `model`", content, group=groups.flat, device=model.device)
     assert modules is not None
     return Parallelized(model, groups, *modules)
@@ -202,15 +205,18 @@ def build(
     *,
     sequence_sharded: bool = False,
     overlap: Interleave | AutoOverlap | Literal["auto", "off"] = "off",
+    pipeline: ThreePhase | None = None,
 ) -> tuple[ParallelBackbone, ParallelLMHead]:
     """The parallel modules for a model; meta weights give meta slices.
 
     Raises:
         ValueError: its heads cannot be split over the mesh.
-        TypeError: an overlap that is none.
+        TypeError: an overlap or a pipeline that is none.
     """
     if overlap not in ("auto", "off") and not isinstance(overlap, (Interleave, AutoOverlap)):
         raise TypeError(f'`overlap` must be an Interleave, an AutoOverlap, "auto" or "off", got {overlap!r}')
+    if pipeline is not None and not isinstance(pipeline, ThreePhase):
+        raise TypeError(f"`pipeline` must be a ThreePhase or None, got {pipeline!r}")
     chosen = AutoOverlap() if overlap == "auto" else None if overlap == "off" else overlap
     config, stack = model.config, model.model
     heads = HeadMap(config.num_attention_heads, config.num_key_value_heads, *groups.layout)
@@ -224,6 +230,7 @@ def build(
             window=windows[index],
             softmax_scale=layer.self_attn.scaling,
             sequence_sharded=sequence_sharded,
+            pipeline=pipeline,
         )
         for index, layer in enumerate(stack.layers)
     ]

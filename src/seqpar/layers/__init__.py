@@ -23,13 +23,14 @@ from seqpar.layers.linear import (
 )
 from seqpar.layers.mlp import ParallelMLP
 from seqpar.layers.norm import RMSNorm
-from seqpar.layers.overlap import OverlappedMLP
+from seqpar.layers.overlap import OverlappedAttention, OverlappedMLP
 from seqpar.layers.threephase import PipelinedUlysses
 from seqpar.layers.ulysses import UlyssesAttention
 
 __all__ = [
     "ColumnParallelLinear",
     "GateUpParallelLinear",
+    "OverlappedAttention",
     "OverlappedMLP",
     "ParallelAttention",
     "ParallelDecoderLayer",

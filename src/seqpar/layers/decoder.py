@@ -6,6 +6,7 @@ path, so that pure tensor parallelism, pure Ulysses and their product are one pi
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any, ClassVar, NamedTuple
 
 from jaxtyping import Float
@@ -18,8 +19,9 @@ from seqpar.layers.base import check_covered, drop_child_names
 from seqpar.layers.linear import QKVParallelLinear, RowParallelLinear, enter_steps
 from seqpar.layers.mlp import ParallelMLP, given
 from seqpar.layers.norm import RMSNorm
+from seqpar.layers.threephase import PipelinedUlysses
 from seqpar.layers.ulysses import UlyssesAttention
-from seqpar.partition import HeadMap, Layout, Range, even_ranges, even_split
+from seqpar.partition import HeadMap, Layout, Range, ThreePhase, even_ranges, even_split
 from seqpar.ragged import RaggedBatch, Tail
 
 __all__ = ["ParallelAttention", "ParallelDecoderLayer"]
@@ -60,8 +62,12 @@ class ParallelAttention(nn.Module):
         window: int | None = None,
         softmax_scale: float | None = None,
         sequence_sharded: bool = False,
+        pipeline: ThreePhase | None = None,
     ) -> ParallelAttention:
-        """Slice an attention module with q_proj, k_proj, v_proj, o_proj and, where it has them, q_norm and k_norm."""
+        """Slice an attention module with q_proj, k_proj, v_proj, o_proj and, where it has them, q_norm and k_norm.
+
+        A `pipeline` makes the core a `PipelinedUlysses`.
+        """
         q_proj, k_proj, v_proj, o_proj = (_linear(attention, f"{name}_proj") for name in "qkvo")
         if heads.layout != groups.layout:
             raise ValueError(f"`heads` must be split as the groups are ({groups.layout}), got {heads.layout}")
@@ -75,7 +81,8 @@ class ParallelAttention(nn.Module):
                 ("k_norm", getattr(attention, "k_norm", None)),
             )
         }
-        core = UlyssesAttention(
+        cut: dict[str, Any] = {} if pipeline is None else asdict(pipeline)
+        core = (PipelinedUlysses if cut else UlyssesAttention)(
             heads,
             qkv_proj.head_dim,
             group=groups.sp,
@@ -84,6 +91,7 @@ class ParallelAttention(nn.Module):
             softmax_scale=softmax_scale,
             layer_index=layer_index,
             **norms,
+            **cut,
         )
         o_linear = RowParallelLinear.from_linear(
             o_proj, group=groups.tp, sp=heads.sp, sequence_sharded=sequence_sharded, unit=qkv_proj.head_dim
@@ -190,6 +198,7 @@ class ParallelDecoderLayer(nn.Module):
         window: int | None = None,
         softmax_scale: float | None = None,
         sequence_sharded: bool = False,
+        pipeline: ThreePhase | None = None,
     ) -> ParallelDecoderLayer:
         """Slice a decoder layer whose children have the names of Transformers' Llama."""
         attention = ParallelAttention.from_module(
@@ -200,6 +209,7 @@ class ParallelDecoderLayer(nn.Module):
             window=window,
             softmax_scale=softmax_scale,
             sequence_sharded=sequence_sharded,
+            pipeline=pipeline,
         )
         mlp = ParallelMLP.from_module(
             _child(layer, "mlp"), group=groups.tp, sp=heads.sp, sequence_sharded=sequence_sharded
