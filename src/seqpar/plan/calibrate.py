@@ -107,20 +107,20 @@ class _Bench:
         self.x = torch.linspace(-1, 1, qkv.in_features, dtype=dtype, device=device).expand(most, -1)
         self.cos = torch.ones(most, core.head_dim, dtype=dtype, device=device)
         self.sin = torch.zeros_like(self.cos)
-        indices = [_parts(layer)[0].layer_index for layer in layers]
+        self.indices = [_parts(layer)[0].layer_index for layer in layers]
         self.kv = PagedKV.contiguous(
-            max(indices) + 1, 1, most, core.num_kv_heads, core.head_dim, dtype=dtype, device=device
+            max(self.indices) + 1, 1, most, core.num_kv_heads, core.head_dim, dtype=dtype, device=device
         )
-        for index in indices:
-            for cached in self.kv.layer(index):
-                cached.zero_()  # a prefix that nothing wrote could be slow to compute with
 
     def run(self, probe: _Probe) -> tuple[list[_Wait], bool]:
         """The waits of one layer, in the mean over the layers, and whether they were on a simulated link."""
         if 0 in self.kv.ids:
             self.kv.free(0)
-        if probe.prefix:
-            self.kv.batch([0], [probe.prefix])
+        if probe.prefix:  # of zeros: what nothing wrote could be slow to compute with, and would be refused
+            prefix = self.kv.batch([0], [probe.prefix])
+            zeros = self.x.new_zeros(1, 1, 1).expand(probe.prefix, self.kv.num_kv_heads, self.kv.head_dim)
+            for index in self.indices:
+                self.kv.append(index, zeros, zeros, prefix)
         batch = self.kv.batch([0], [probe.tokens])
         cos, sin = self.cos[: probe.tokens], self.sin[: probe.tokens]
         simulated, each = False, []
