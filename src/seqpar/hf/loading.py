@@ -12,7 +12,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from seqpar import comm
-from seqpar.comm import DeviceMesh
+from seqpar.comm import DeviceMesh, Wire
 from seqpar.hf.agreed import agreed, check_same
 from seqpar.hf.auto import AutoOverlap
 from seqpar.hf.backbone import LMHead
@@ -38,6 +38,7 @@ def load(
     sequence_sharded: bool = False,
     overlap: Interleave | AutoOverlap | Literal["auto", "off"] = "off",
     pipeline: ThreePhase | None = None,
+    wire: Wire | None = None,
 ) -> PreTrainedModel:
     """Load a causal LM from safetensors, each rank its own slices.
 
@@ -50,6 +51,7 @@ def load(
         sequence_sharded: see `parallelize`.
         overlap: see `parallelize`.
         pipeline: see `parallelize`.
+        wire: see `parallelize`.
 
     Returns:
         The Transformers model in evaluation mode; `model.seqpar` has the `LoadReport`.
@@ -67,10 +69,10 @@ def load(
     content = b""
     with agreed(groups.flat):
         checkpoint, whole = _build_on_meta(Path(path), dtype)
-        modules = build(whole, groups, sequence_sharded=sequence_sharded, overlap=overlap, pipeline=pipeline)
+        modules = build(whole, groups, sequence_sharded=sequence_sharded, overlap=overlap, pipeline=pipeline, wire=wire)
         parallel = Parallelized(whole, groups, *modules)
         _check(checkpoint, parallel)
-        content = _describe(checkpoint, parallel) + f"{sequence_sharded} {overlap} {pipeline}".encode()
+        content = _describe(checkpoint, parallel) + f"{sequence_sharded} {overlap} {pipeline} {wire}".encode()
     check_same("checkpoint, `dtype` and options", content, group=groups.flat, device=place)
     assert parallel is not None and checkpoint is not None
     show = groups.flat.rank() == 0 and (sys.stderr.isatty() if progress is None else progress)

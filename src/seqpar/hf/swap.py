@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from seqpar import comm
-from seqpar.comm import DeviceMesh, Groups
+from seqpar.comm import DeviceMesh, Groups, Wire
 from seqpar.hf.agreed import agreed, check_same
 from seqpar.hf.auto import AutoOverlap
 from seqpar.hf.backbone import KEEP, LMHead, ParallelBackbone
@@ -163,6 +163,7 @@ def parallelize(
     sequence_sharded: bool = False,
     overlap: Interleave | AutoOverlap | Literal["auto", "off"] = "off",
     pipeline: ThreePhase | None = None,
+    wire: Wire | None = None,
 ) -> Parallelized:
     """Swap the stack and the head of a model for parallel ones, in place.
 
@@ -181,6 +182,9 @@ def parallelize(
             `AutoOverlap`; `explain_overlap` says why.
         pipeline: cut the attention of large steps into parts whose all-to-alls over `sp` hide under each other's
             attention (CSPS); the same results, up to rounding.
+        wire: the format in which the decoder layers exchange activations, of 8 bits a number (`seqpar.comm.wire`): sums
+            and gathers over `tp`, both all-to-alls over `sp`. Results then differ from the model's own. The sum of the
+            embedding, the gather of the last rows and that of the logits stay exact, and so do gradients on their way.
 
     Comm:  agreement on the model and on samples of its weights.
 
@@ -192,8 +196,8 @@ def parallelize(
     content, modules = b"", None
     with agreed(groups.flat):
         check_model(model)
-        content = _sample(model) + f"{sequence_sharded} {overlap} {pipeline}".encode()
-        modules = build(model, groups, sequence_sharded=sequence_sharded, overlap=overlap, pipeline=pipeline)
+        content = _sample(model) + f"{sequence_sharded} {overlap} {pipeline} {wire}".encode()
+        modules = build(model, groups, sequence_sharded=sequence_sharded, overlap=overlap, pipeline=pipeline, wire=wire)
     check_same("config and weights of `model`", content, group=groups.flat, device=model.device)
     assert modules is not None
     return Parallelized(model, groups, *modules)
@@ -206,6 +210,7 @@ def build(
     sequence_sharded: bool = False,
     overlap: Interleave | AutoOverlap | Literal["auto", "off"] = "off",
     pipeline: ThreePhase | None = None,
+    wire: Wire | None = None,
 ) -> tuple[ParallelBackbone, ParallelLMHead]:
     """The parallel modules for a model; meta weights give meta slices.
 
@@ -231,6 +236,7 @@ def build(
             softmax_scale=layer.self_attn.scaling,
             sequence_sharded=sequence_sharded,
             pipeline=pipeline,
+            wire=wire,
         )
         for index, layer in enumerate(stack.layers)
     ]

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from seqpar import comm
-from seqpar.comm import Groups, ProcessGroup, Steps
+from seqpar.comm import Groups, ProcessGroup, Steps, Wire
 from seqpar.kv import PagedKV
 from seqpar.layers.base import check_covered, drop_child_names
 from seqpar.layers.linear import QKVParallelLinear, RowParallelLinear, enter_steps
@@ -42,7 +42,7 @@ class ParallelAttention(nn.Module):
     def __init__(self, qkv_proj: QKVParallelLinear, core: UlyssesAttention, o_proj: nn.Module) -> None:
         super().__init__()
         qkv_proj.enters = False
-        self.sequence_sharded = qkv_proj.sequence_sharded
+        self.sequence_sharded, self.wire = qkv_proj.sequence_sharded, qkv_proj.wire
         self.tp_groups: dict[Layout | None, ProcessGroup] = {
             None: qkv_proj.group,
             qkv_proj.layout: qkv_proj.group,
@@ -63,16 +63,18 @@ class ParallelAttention(nn.Module):
         softmax_scale: float | None = None,
         sequence_sharded: bool = False,
         pipeline: ThreePhase | None = None,
+        wire: Wire | None = None,
     ) -> ParallelAttention:
         """Slice an attention module with q_proj, k_proj, v_proj, o_proj and, where it has them, q_norm and k_norm.
 
-        A `pipeline` makes the core a `PipelinedUlysses`.
+        A `pipeline` makes the core a `PipelinedUlysses`. All that the parts exchange travels in the format `wire`, see
+        `seqpar.comm.wire`.
         """
         q_proj, k_proj, v_proj, o_proj = (_linear(attention, f"{name}_proj") for name in "qkvo")
         if heads.layout != groups.layout:
             raise ValueError(f"`heads` must be split as the groups are ({groups.layout}), got {heads.layout}")
         qkv_proj = QKVParallelLinear.from_linears(
-            q_proj, k_proj, v_proj, heads=heads, group=groups.tp, sequence_sharded=sequence_sharded
+            q_proj, k_proj, v_proj, heads=heads, group=groups.tp, sequence_sharded=sequence_sharded, wire=wire
         )
         norms: dict[str, Any] = {
             name: RMSNorm.from_module(norm, over_tp=True) if isinstance(norm, nn.Module) else None
@@ -90,11 +92,17 @@ class ParallelAttention(nn.Module):
             window=window,
             softmax_scale=softmax_scale,
             layer_index=layer_index,
+            wire=wire,
             **norms,
             **cut,
         )
         o_linear = RowParallelLinear.from_linear(
-            o_proj, group=groups.tp, sp=heads.sp, sequence_sharded=sequence_sharded, unit=qkv_proj.head_dim
+            o_proj,
+            group=groups.tp,
+            sp=heads.sp,
+            sequence_sharded=sequence_sharded,
+            wire=wire,
+            unit=qkv_proj.head_dim,
         )
         new = cls(qkv_proj, core, o_linear)
         check_covered(attention, new)
@@ -132,6 +140,7 @@ class ParallelAttention(nn.Module):
             sequence_sharded=self.sequence_sharded,
             num_tokens=num_tokens,
             label=self.label,
+            wire=self.wire,
         )
         qkv = yield from comm.call(self.qkv_proj, x, **options)
         out = yield from comm.call(self.core, qkv, batch, cos, sin, kv, **options, **given(tail=tail))
@@ -199,8 +208,12 @@ class ParallelDecoderLayer(nn.Module):
         softmax_scale: float | None = None,
         sequence_sharded: bool = False,
         pipeline: ThreePhase | None = None,
+        wire: Wire | None = None,
     ) -> ParallelDecoderLayer:
-        """Slice a decoder layer whose children have the names of Transformers' Llama."""
+        """Slice a decoder layer whose children have the names of Transformers' Llama.
+
+        All that its parts exchange travels in the format `wire`; see `seqpar.comm.wire`.
+        """
         attention = ParallelAttention.from_module(
             _child(layer, "self_attn"),
             groups=groups,
@@ -210,9 +223,10 @@ class ParallelDecoderLayer(nn.Module):
             softmax_scale=softmax_scale,
             sequence_sharded=sequence_sharded,
             pipeline=pipeline,
+            wire=wire,
         )
         mlp = ParallelMLP.from_module(
-            _child(layer, "mlp"), group=groups.tp, sp=heads.sp, sequence_sharded=sequence_sharded
+            _child(layer, "mlp"), group=groups.tp, sp=heads.sp, sequence_sharded=sequence_sharded, wire=wire
         )
         norms = [
             RMSNorm.from_module(_child(layer, name), over_tp=sequence_sharded)

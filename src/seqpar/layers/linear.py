@@ -21,7 +21,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from seqpar import comm, kernels
-from seqpar.comm import Groups, ProcessGroup, Steps
+from seqpar.comm import Groups, ProcessGroup, Steps, Wire
+from seqpar.kernels.quantize import check_wire
 from seqpar.layers.base import ShardedModule, Source
 from seqpar.partition import HeadMap, Layout, Piece, Range, block_ranges, even_split, shard_range
 
@@ -52,14 +53,17 @@ class _ShardedLinear(ShardedModule):
         group: ProcessGroup,
         sp: int,
         sequence_sharded: bool,
+        wire: Wire | None,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
     ) -> None:
         super().__init__()
+        self.wire = wire
         self.group = group
         self.layout = Layout(group.size(), sp).check()
         self.sequence_sharded = sequence_sharded
         self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        check_wire(wire, self.weight, "weight")
         self.bias = None if bias is None else nn.Parameter(torch.empty(bias, device=device, dtype=dtype))
         self.shards: dict[Layout, Shard] = {self.layout: Shard(group, self._views(self.layout, group.rank()))}
 
@@ -115,6 +119,7 @@ class _ShardedLinear(ShardedModule):
         return (
             f"in_features={columns}, out_features={rows}, bias={self.bias is not None}, "
             f"layouts={[tuple(layout) for layout in self.shards]}, sequence_sharded={self.sequence_sharded}"
+            + (f", wire={self.wire}" if self.wire else "")
         )
 
 
@@ -141,6 +146,7 @@ class _ColumnParallel(_ShardedLinear):
                 sequence_sharded=self.sequence_sharded,
                 num_tokens=num_tokens,
                 label=self.label,
+                wire=self.wire,
             )
         if layout is None or layout == self.layout:
             return kernels.linear(x, self.weight, self.bias)
@@ -171,7 +177,13 @@ class _ColumnParallel(_ShardedLinear):
 
 
 def enter_steps(
-    x: Float[Tensor, "t m"], *, group: ProcessGroup, sequence_sharded: bool, num_tokens: int | None, label: str
+    x: Float[Tensor, "t m"],
+    *,
+    group: ProcessGroup,
+    sequence_sharded: bool,
+    num_tokens: int | None,
+    label: str,
+    wire: Wire | None = None,
 ) -> Steps[Float[Tensor, "t_all m"]]:
     """Make activations ready for products with sharded rows: gather them, or take them as they are.
 
@@ -190,7 +202,7 @@ def enter_steps(
             "others hold"
         )
     sizes = even_split(num_tokens, group.size())
-    return (yield from comm.all_gather_steps(x, group=group, sizes=sizes, label=label))
+    return (yield from comm.all_gather_steps(x, group=group, sizes=sizes, label=label, wire=wire))
 
 
 class ColumnParallelLinear(_ColumnParallel):
@@ -203,6 +215,7 @@ class ColumnParallelLinear(_ColumnParallel):
         sp: flat blocks in this shard, so that a layout with `tp * sp` ranks finds its rows (see the module).
         bias: whether there is one, sharded with the rows.
         sequence_sharded: the input holds T/p tokens of each rank and is gathered first.
+        wire: the format in which that gather sends; see `seqpar.comm.wire`.
     """
 
     def __init__(
@@ -214,6 +227,7 @@ class ColumnParallelLinear(_ColumnParallel):
         sp: int = 1,
         bias: bool = True,
         sequence_sharded: bool = False,
+        wire: Wire | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -225,6 +239,7 @@ class ColumnParallelLinear(_ColumnParallel):
             group=group,
             sp=sp,
             sequence_sharded=sequence_sharded,
+            wire=wire,
             device=device,
             dtype=dtype,
         )
@@ -232,7 +247,13 @@ class ColumnParallelLinear(_ColumnParallel):
 
     @classmethod
     def from_linear(
-        cls, linear: nn.Linear, *, group: ProcessGroup, sp: int = 1, sequence_sharded: bool = False
+        cls,
+        linear: nn.Linear,
+        *,
+        group: ProcessGroup,
+        sp: int = 1,
+        sequence_sharded: bool = False,
+        wire: Wire | None = None,
     ) -> ColumnParallelLinear:
         """Slice an ordinary linear layer; every rank passes the same one."""
         return _filled(
@@ -243,6 +264,7 @@ class ColumnParallelLinear(_ColumnParallel):
                 sp=sp,
                 bias=linear.bias is not None,
                 sequence_sharded=sequence_sharded,
+                wire=wire,
                 device="meta",
                 dtype=linear.weight.dtype,
             ),
@@ -274,6 +296,7 @@ class QKVParallelLinear(_ColumnParallel):
         group: the tensor-parallel ranks.
         bias: whether q, k and v have one (Qwen2).
         sequence_sharded: the input holds T/p tokens of each rank and is gathered first.
+        wire: the format in which that gather sends; see `seqpar.comm.wire`.
     """
 
     def __init__(
@@ -285,6 +308,7 @@ class QKVParallelLinear(_ColumnParallel):
         group: ProcessGroup,
         bias: bool = False,
         sequence_sharded: bool = False,
+        wire: Wire | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -298,6 +322,7 @@ class QKVParallelLinear(_ColumnParallel):
             group=group,
             sp=heads.sp,
             sequence_sharded=sequence_sharded,
+            wire=wire,
             device=device,
             dtype=dtype,
         )
@@ -313,6 +338,7 @@ class QKVParallelLinear(_ColumnParallel):
         heads: HeadMap,
         group: ProcessGroup,
         sequence_sharded: bool = False,
+        wire: Wire | None = None,
     ) -> QKVParallelLinear:
         """Fuse and slice three ordinary projections; every rank passes the same ones."""
         linears = {"q_proj": q_proj, "k_proj": k_proj, "v_proj": v_proj}
@@ -325,6 +351,7 @@ class QKVParallelLinear(_ColumnParallel):
                 group=group,
                 bias=q_proj.bias is not None,
                 sequence_sharded=sequence_sharded,
+                wire=wire,
                 device="meta",
                 dtype=q_proj.weight.dtype,
             ),
@@ -388,6 +415,7 @@ class GateUpParallelLinear(_ColumnParallel):
         sp: flat blocks in this shard.
         bias: whether gate and up have one.
         sequence_sharded: the input holds T/p tokens of each rank and is gathered first.
+        wire: the format in which that gather sends; see `seqpar.comm.wire`.
     """
 
     def __init__(
@@ -399,6 +427,7 @@ class GateUpParallelLinear(_ColumnParallel):
         sp: int = 1,
         bias: bool = False,
         sequence_sharded: bool = False,
+        wire: Wire | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -410,6 +439,7 @@ class GateUpParallelLinear(_ColumnParallel):
             group=group,
             sp=sp,
             sequence_sharded=sequence_sharded,
+            wire=wire,
             device=device,
             dtype=dtype,
         )
@@ -424,6 +454,7 @@ class GateUpParallelLinear(_ColumnParallel):
         group: ProcessGroup,
         sp: int = 1,
         sequence_sharded: bool = False,
+        wire: Wire | None = None,
     ) -> GateUpParallelLinear:
         """Fuse and slice two ordinary projections; every rank passes the same ones."""
         return _filled(
@@ -434,6 +465,7 @@ class GateUpParallelLinear(_ColumnParallel):
                 sp=sp,
                 bias=gate_proj.bias is not None,
                 sequence_sharded=sequence_sharded,
+                wire=wire,
                 device="meta",
                 dtype=gate_proj.weight.dtype,
             ),
@@ -478,6 +510,7 @@ class RowParallelLinear(_ShardedLinear):
         sp: flat blocks in this shard.
         bias: whether there is one; it is replicated and added once, after the sum.
         sequence_sharded: the output is reduce-scattered by tokens instead of all-reduced.
+        wire: the format in which the sum travels; see `seqpar.comm.wire`.
         unit: columns that stay together: head_dim where the input comes from attention heads.
     """
 
@@ -490,6 +523,7 @@ class RowParallelLinear(_ShardedLinear):
         sp: int = 1,
         bias: bool = True,
         sequence_sharded: bool = False,
+        wire: Wire | None = None,
         unit: int = 1,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -504,6 +538,7 @@ class RowParallelLinear(_ShardedLinear):
             group=group,
             sp=sp,
             sequence_sharded=sequence_sharded,
+            wire=wire,
             device=device,
             dtype=dtype,
         )
@@ -511,7 +546,14 @@ class RowParallelLinear(_ShardedLinear):
 
     @classmethod
     def from_linear(
-        cls, linear: nn.Linear, *, group: ProcessGroup, sp: int = 1, sequence_sharded: bool = False, unit: int = 1
+        cls,
+        linear: nn.Linear,
+        *,
+        group: ProcessGroup,
+        sp: int = 1,
+        sequence_sharded: bool = False,
+        wire: Wire | None = None,
+        unit: int = 1,
     ) -> RowParallelLinear:
         """Slice an ordinary linear layer; every rank passes the same one."""
         return _filled(
@@ -522,6 +564,7 @@ class RowParallelLinear(_ShardedLinear):
                 sp=sp,
                 bias=linear.bias is not None,
                 sequence_sharded=sequence_sharded,
+                wire=wire,
                 unit=unit,
                 device="meta",
                 dtype=linear.weight.dtype,
@@ -540,9 +583,11 @@ class RowParallelLinear(_ShardedLinear):
         partial = kernels.linear(x, weight)
         if self.sequence_sharded:
             sizes = even_split(x.shape[0], shard.group.size())
-            out = yield from comm.reduce_scatter_steps(partial, group=shard.group, sizes=sizes, label=self.label)
+            out = yield from comm.reduce_scatter_steps(
+                partial, group=shard.group, sizes=sizes, label=self.label, wire=self.wire
+            )
         else:
-            out = yield from comm.all_reduce_steps(partial, group=shard.group, label=self.label)
+            out = yield from comm.all_reduce_steps(partial, group=shard.group, label=self.label, wire=self.wire)
         return out if self.bias is None else out + self.bias
 
     def forward(

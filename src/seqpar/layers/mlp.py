@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from seqpar import comm
-from seqpar.comm import ProcessGroup, Steps
+from seqpar.comm import ProcessGroup, Steps, Wire
 from seqpar.kernels import swiglu
 from seqpar.layers.base import check_covered, drop_child_names
 from seqpar.layers.linear import GateUpParallelLinear, RowParallelLinear, enter_steps
@@ -31,6 +31,7 @@ class ParallelMLP(nn.Module):
         bias: whether the three projections have one.
         sequence_sharded: x holds T/p tokens of each rank; an all-gather before and a reduce-scatter after replace the
             all-reduce.
+        wire: the format in which they send; see `seqpar.comm.wire`.
     """
 
     label: str = ""
@@ -45,6 +46,7 @@ class ParallelMLP(nn.Module):
         sp: int = 1,
         bias: bool = False,
         sequence_sharded: bool = False,
+        wire: Wire | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -53,6 +55,7 @@ class ParallelMLP(nn.Module):
             "sp": sp,
             "bias": bias,
             "sequence_sharded": sequence_sharded,
+            "wire": wire,
             "device": device,
             "dtype": dtype,
         }
@@ -65,7 +68,7 @@ class ParallelMLP(nn.Module):
         super().__init__()
         self.gate_up_proj: nn.Module = gate_up_proj
         self.down_proj: nn.Module = down_proj
-        self.sequence_sharded = gate_up_proj.sequence_sharded
+        self.sequence_sharded, self.wire = gate_up_proj.sequence_sharded, gate_up_proj.wire
         gate_up_proj.enters = False
         place = _Place(gate_up_proj.group, gate_up_proj.blocks())
         self.places: dict[Layout | None, _Place] = {None: place, gate_up_proj.layout: place}
@@ -73,7 +76,13 @@ class ParallelMLP(nn.Module):
 
     @classmethod
     def from_module(
-        cls, mlp: nn.Module, *, group: ProcessGroup, sp: int = 1, sequence_sharded: bool = False
+        cls,
+        mlp: nn.Module,
+        *,
+        group: ProcessGroup,
+        sp: int = 1,
+        sequence_sharded: bool = False,
+        wire: Wire | None = None,
     ) -> ParallelMLP:
         """Slice an MLP with `gate_proj`, `up_proj` and `down_proj` linears and a SiLU between them.
 
@@ -87,9 +96,9 @@ class ParallelMLP(nn.Module):
             raise TypeError(f"`mlp` must have linear gate_proj, up_proj and down_proj, got {type(mlp).__name__}")
         _check_activation(getattr(mlp, "act_fn", F.silu))
         new = cls.__new__(cls)
+        options: dict[str, Any] = {"group": group, "sp": sp, "sequence_sharded": sequence_sharded, "wire": wire}
         new._build(
-            GateUpParallelLinear.from_linears(gate, up, group=group, sp=sp, sequence_sharded=sequence_sharded),
-            RowParallelLinear.from_linear(down, group=group, sp=sp, sequence_sharded=sequence_sharded),
+            GateUpParallelLinear.from_linears(gate, up, **options), RowParallelLinear.from_linear(down, **options)
         )
         check_covered(mlp, new)
         return new
@@ -111,7 +120,12 @@ class ParallelMLP(nn.Module):
         group, blocks = self.places[layout]
         options = given(layout=layout)
         x = yield from enter_steps(
-            x, group=group, sequence_sharded=self.sequence_sharded, num_tokens=num_tokens, label=self.label
+            x,
+            group=group,
+            sequence_sharded=self.sequence_sharded,
+            num_tokens=num_tokens,
+            label=self.label,
+            wire=self.wire,
         )
         gate_up = yield from comm.call(self.gate_up_proj, x, **options)
         hidden = swiglu(gate_up, blocks, consume=comm.splits(self.gate_up_proj))  # else a hook may have kept it

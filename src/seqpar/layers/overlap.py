@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from seqpar import comm
-from seqpar.comm import ProcessGroup, Steps
+from seqpar.comm import ProcessGroup, Steps, Wire
 from seqpar.kv import PagedKV
 from seqpar.layers.decoder import ParallelAttention
 from seqpar.layers.linear import QKVParallelLinear, enter_steps
@@ -57,10 +57,17 @@ class OverlappedMLP(ParallelMLP):
 
     @classmethod
     def from_module(
-        cls, mlp: nn.Module, *, group: ProcessGroup, sp: int = 1, sequence_sharded: bool = False, chunks: int = 2
+        cls,
+        mlp: nn.Module,
+        *,
+        group: ProcessGroup,
+        sp: int = 1,
+        sequence_sharded: bool = False,
+        wire: Wire | None = None,
+        chunks: int = 2,
     ) -> OverlappedMLP:
         """Slice an MLP as `ParallelMLP.from_module` does."""
-        new = super().from_module(mlp, group=group, sp=sp, sequence_sharded=sequence_sharded)
+        new = super().from_module(mlp, group=group, sp=sp, sequence_sharded=sequence_sharded, wire=wire)
         assert isinstance(new, OverlappedMLP)
         new._set_chunks(chunks)
         return new

@@ -55,7 +55,7 @@ class UlyssesAttention(nn.Module):
         window: visible keys including the query's own; None for all.
         softmax_scale: factor of the scores; 1/sqrt(D) by default.
         layer_index: which layer of the cache this is.
-        wire: the format in which both all-to-alls send; see `seqpar.kernels.quantize`.
+        wire: the format in which both all-to-alls send; see `seqpar.comm.wire`.
     """
 
     label: str = ""

@@ -77,7 +77,7 @@ def decode(
     raise unknown_backend(backend)
 
 
-def check_wire(wire: Wire | None, x: Tensor | None = None) -> None:
+def check_wire(wire: Wire | None, x: Tensor | None = None, name: str = "x") -> None:
     """Raise ValueError where `wire` is no wire format, or `x` of a dtype that takes none; None is always taken."""
     if wire is None:
         return
@@ -85,5 +85,5 @@ def check_wire(wire: Wire | None, x: Tensor | None = None) -> None:
         raise ValueError(f'`wire` must be "int8", "fp8" or None, got {wire!r}')
     if x is not None and x.dtype not in DTYPES:
         raise ValueError(
-            f"`x` must be float32, bfloat16 or float16 to travel in a wire format, got {x.dtype}; leave out `wire`"
+            f"`{name}` must be float32, bfloat16 or float16 to travel in a wire format, got {x.dtype}; leave out `wire`"
         )
