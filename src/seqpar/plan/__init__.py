@@ -6,13 +6,20 @@ such as the cuts of a prompt, which a layer or `partition.Interleave` takes.
 
 from seqpar.plan.calibrate import calibrate
 from seqpar.plan.costs import Curve, LayerCosts, SlotCosts
+from seqpar.plan.hardware import MACHINES, Accelerator, Fabric, Machine
 from seqpar.plan.overlap import Candidate, OverlapChoice, overlap
+from seqpar.plan.prefill import ModelShape, prefill_costs
 from seqpar.plan.schedule import Schedule, Slot, bound, makespan, repeated_makespan
 
 __all__ = [
+    "MACHINES",
+    "Accelerator",
     "Candidate",
     "Curve",
+    "Fabric",
     "LayerCosts",
+    "Machine",
+    "ModelShape",
     "OverlapChoice",
     "Schedule",
     "Slot",
@@ -21,5 +28,6 @@ __all__ = [
     "calibrate",
     "makespan",
     "overlap",
+    "prefill_costs",
     "repeated_makespan",
 ]
