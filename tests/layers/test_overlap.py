@@ -170,40 +170,23 @@ def test_attention_equals_exactly_where_nothing_rounds(layout: tuple[int, int]) 
     run_mesh(layout, exactly, 3)
 
 
-def attention_in_flight(mesh: comm.DeviceMesh) -> list[str]:
-    """Launches and waits, in order."""
+def attention_in_flight(mesh: comm.DeviceMesh) -> str:
+    """Launches (L) and waits (W) in order, by the number of the launch."""
     source = Attention(8, 8, 4, 4, bias=False)
     _, ours = attentions(mesh, source, 3, None)
-    steps = ours.steps(torch.ones(12 // comm.groups(mesh).layout.sp, 8), RaggedBatch.prefill([12]))
-    seen, launched = [], 0
-    with torch.no_grad(), comm.record() as sent:
-        value = None
-        try:
-            while True:
-                item = steps.send(value)
-                seen += ["launch"] * (sent.total.calls - launched)
-                launched = sent.total.calls
-                if not isinstance(item, comm.Mark):
-                    seen.append(f"wait {item.op}")
-                value = item.wait()
-        except StopIteration:
-            return seen
+    with torch.no_grad(), comm.trace() as t:
+        ours(torch.ones(12 // comm.groups(mesh).layout.sp, 8), RaggedBatch.prefill([12]))
+    sent = sorted(i.launched_s for i in t.intervals if i.kind == "comm")
+    events = [(launched, f"L{n}") for n, launched in enumerate(sent)]
+    events += [(i.start_s, f"W{sent.index(i.launched_s)}") for i in t.intervals if i.kind == "wait"]
+    return " ".join(what for _, what in sorted(events))
 
 
 def test_attention_launches_before_it_waits() -> None:
-    """With tp, all three sums before the first wait. With sp, the ways in, then one way back ahead of each sum."""
-    assert run_mesh((2, 1), attention_in_flight)[0] == ["launch"] * 3 + ["wait all_reduce"] * 3
-    into, back, total = "wait all_to_all", "wait all_to_all", "wait all_reduce"
-    assert run_mesh((2, 2), attention_in_flight)[0] == [
-        *["launch"] * 5,  # K, the first Q, V, two more Q
-        *[into] * 3,
-        *["launch", into],  # a way back is launched, then the next queries are asked for
-        *["launch", back],  # two ways back are under way, then the first is asked for
-        *["launch", into],  # and summed while the last part is attended with
-        *["launch", back],
-        *["launch", back],
-        *["launch", *[total] * 3],
-    ]
+    """With tp, all three sums before the first wait. With sp, K Q V Q Q, then each way back before it is asked for."""
+    assert run_mesh((2, 1), attention_in_flight)[0] == "L0 L1 L2 W0 W1 W2"
+    ways_in, sums = "L0 L1 L2 L3 L4 W0 W1 W2", "W7 W9 W10"
+    assert run_mesh((2, 2), attention_in_flight)[0] == f"{ways_in} L5 W3 L6 W5 L7 W4 L8 W6 L9 W8 L10 {sums}"
 
 
 def attention_refusals(mesh: comm.DeviceMesh) -> None:
