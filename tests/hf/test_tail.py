@@ -11,7 +11,7 @@ from torch import Tensor
 from seqpar import comm
 from seqpar.hf import parallelize
 from seqpar.hf.cache import store_of
-from seqpar.partition import Interleave
+from seqpar.partition import Interleave, ThreePhase
 from tests.hf.tiny import ARCHITECTURES, exact_norms, left_padded, prompts, tiny_model
 from tests.layers.reference import name_of
 from tests.ranks import run_mesh
@@ -103,6 +103,20 @@ def sharded(mesh: comm.DeviceMesh) -> None:
 
 def test_sequence_sharded_activations_are_computed_whole() -> None:
     run_mesh((2, 1), sharded)
+
+
+def pipelined(mesh: comm.DeviceMesh) -> None:
+    """A three-phase pipeline cuts all layers but the last, which has few queries left to cut."""
+    model, oracle, given = tiny_model("llama"), exact_norms(tiny_model("llama")), inputs("left")
+    with parallelize(model, mesh, pipeline=ThreePhase(1, 2, min_tokens=4)), torch.no_grad(), comm.record() as sent:
+        out = model(**given, logits_to_keep=1).logits
+        torch.testing.assert_close(out, oracle(**given, logits_to_keep=1).logits, rtol=1e-9, atol=1e-9)
+    calls = [sent.counts["all_to_all", f"model.layers.{index}.self_attn.core"].calls for index in range(3)]
+    assert calls == [6, 6, 2]  # k, v, two of q and two back; one there and one back
+
+
+def test_a_pipeline_leaves_the_last_layer_alone() -> None:
+    run_mesh((1, 2), pipelined)
 
 
 def nothing_asked_for(mesh: comm.DeviceMesh, overlap: Any) -> None:

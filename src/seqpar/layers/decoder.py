@@ -312,7 +312,7 @@ class ParallelDecoderLayer(nn.Module):
         return (
             not self.sequence_sharded
             and isinstance(attention, ParallelAttention)
-            and type(attention.core).steps is UlyssesAttention.steps
+            and isinstance(attention.core, UlyssesAttention)
             and all(comm.splits(part) for part in (self, attention, attention.core, self.mlp))
             and not any(comm.is_wrapped(module) for module in self.modules())
         )
