@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from seqpar import plan
 from seqpar.partition import Interleave
 from seqpar.plan import Curve, LayerCosts, SlotCosts, makespan, overlap
 from seqpar.plan.costs import Prompt
@@ -118,6 +120,14 @@ def test_explain() -> None:
     assert text.startswith(f"4,096 tokens through 32 layer(s): {choice.chunks} chunks, cut at")
     assert text.count("<- chosen") == 1 and f"serial {choice.serial_s * 1e3:,.1f} ms" in text
     assert all(len(line) <= 120 for line in text.splitlines())
+
+
+def test_the_explanation_in_the_docs_is_the_one_given() -> None:
+    page = (Path(__file__).parents[2] / "docs/plan-overlap.md").read_text()
+    code = next(block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "choice.chunks == 3" in block)
+    names: dict[str, Any] = {"plan": plan}
+    exec(code, names)
+    assert f"```text\n{names['choice'].explain()}\n```" in page
 
 
 def test_requests_of_a_step_see_their_own_keys() -> None:
