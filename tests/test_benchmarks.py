@@ -61,6 +61,21 @@ def test_report(common, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert args.plot.stat().st_size > 1000
 
 
+def test_the_bound_of_a_pipeline_by_hand(common) -> None:
+    """Two groups by two chunks: 3 + 3 s in and 1 s back for each; attention of 8 s, chunks seeing 3 to 5 of 8 keys."""
+    import phases
+
+    case = phases.Case(tokens=1024, share=0.5, head_groups=2, query_chunks=2, rounds=2)
+    serial, ideal = common.Timing("serial", (18.0, 18.0)), common.Timing("pipelined", (12.0, 12.0))
+    result = phases.Result(serial, ideal, 10.0, [0.5, 1.0, 0.5, 1.0] * 2, [1.0] * 4, 0.0)
+    assert phases.bound_s(case, result, 8.0) == 2.0 + 8.0 + 1.0
+    assert phases.bound_s(case, result, 1.0) == 6.0 + 4.0  # all that travels
+    late = result._replace(ways_back=[0.1, 0.1, 0.1, 3.0])
+    assert phases.bound_s(case, late, 2.0) == pytest.approx(6.0 + 2.0 * 0.625 / 2 + 3.0)  # seen: 384 and 640 of 1024
+    found = phases.efficiency(case, result)
+    assert (found.of_all, found.of_bound, found.interval) == (6 / 8, 6 / 7, (6 / 7, 6 / 7))
+
+
 @pytest.mark.slow
 def test_a_wrong_result_prints_no_numbers(tmp_path: Path) -> None:
     """The benchmark itself, with a contender that forgets the residual."""

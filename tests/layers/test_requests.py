@@ -122,6 +122,27 @@ def test_one_sets_exchange_is_under_way_while_the_other_computes() -> None:
     assert run_mesh((1, 2), turns) == [[(0,), (1,)] * 2 * LAYERS] * 2
 
 
+def out_of_order(mesh: comm.DeviceMesh, pipelined: bool) -> None:
+    """The second chunk of a prompt before the first: no key is read that is not there, on any rank."""
+    model = Model(mesh, ThreePhase(2, 2, 0) if pipelined else None)
+    first, second = model.batch({"a": 9}).split([4])
+    x = torch.ones(5, 9, dtype=torch.float64)
+    with (
+        torch.no_grad(),
+        pytest.raises(ValueError, match=r"layer 0, request 'a': \d tokens promised\), got 0 appended; run programs in"),
+    ):
+        comm.run(model.steps(x, second))
+    with torch.no_grad():
+        outs = comm.interleave([model.steps(x[:4], first), model.steps(x, second)])
+    assert all(out.isfinite().all() for out in outs)
+
+
+def test_a_schedule_that_is_not_causal_is_refused() -> None:
+    for pipelined in (False, True):
+        run_mesh((1, 2), out_of_order, pipelined)
+    run_mesh((2, 1), out_of_order, False)
+
+
 def program(log: list[str], name: str, yields: int) -> comm.Steps[None]:
     class Ready:
         def wait(self) -> None:
