@@ -83,6 +83,22 @@ def test_an_interleave_on_a_link_is_the_recursion_of_the_model(programs: list[Co
     assert t.report().comm_s == pytest.approx(sum(end - start for start, end in x), rel=1e-12)
 
 
+@given(equal_programs())
+def test_slots_and_the_bound_are_those_of_the_model(programs: list[Costs]) -> None:
+    """c_1 alone, then each c_{k+1} beside x_k, and x_K alone; two programs lose nothing in any slot."""
+    world = World()
+    with comm.trace(clock=world.clock) as t, world.link.on(world.group):
+        comm.interleave([world.program(costs) for costs in programs])
+    report, order = t.report(), [step for steps in zip(*programs, strict=True) for step in steps]
+    c, x = [cost / RATE for cost, _ in order], [cost / RATE for _, cost in order]
+    assert [slot.compute_s for slot in report.slots] == [*c, 0.0]
+    assert [slot.comm_s for slot in report.slots] == [0.0, *x]
+    assert sum(slot.measured_s for slot in report.slots) == report.span_s
+    assert report.bound_s == max(sum(c) + x[-1], c[0] + sum(x)) <= report.span_s
+    if len(programs) == 2:
+        assert not report.worst() and all(slot.measured_s == slot.bound_s for slot in report.slots)
+
+
 def test_a_serial_run() -> None:
     world = World()
     with comm.trace(clock=world.clock) as t, world.link.on(world.group):
@@ -207,11 +223,28 @@ def test_the_report() -> None:
     assert str(report).splitlines() == [
         "9000.000 ms: compute 4000.000 ms, communication 8000.000 ms (simulated link), mean of 1 rank(s)",
         "overlap ratio 0.375, efficiency 0.750, exposed 5000.000 ms",
+        "at least 9000.000 ms on one compute stream and one link; 0.0% beyond it",
         "collective  label  calls   comm ms  exposed ms",
         "all_to_all  a0         1  2000.000    1000.000",
         "all_to_all  a1         1  2000.000    1000.000",
         "all_to_all  b0         1  2000.000    1000.000",
         "all_to_all  b1         1  2000.000    2000.000",
+    ]
+
+
+def test_the_report_of_a_serial_run_names_the_slots_that_hide_nothing() -> None:
+    world = World()
+    with comm.trace(clock=world.clock) as t, world.link.on(world.group):
+        comm.run(world.program([(2, 1), (3, 2), (8, 8), (4, 1)], "mlp"))
+    report = t.report()
+    assert [(slot.label, slot.lost_s) for slot in report.worst(2)] == [("mlp2", 1.0), ("mlp1", 0.5)]
+    assert (report.bound_s, report.tax) == (4.5, 7.25 / 4.5 - 1)
+    assert str(report).splitlines()[2] == "at least 4500.000 ms on one compute stream and one link; 61.1% beyond it"
+    assert str(report).splitlines()[-4:] == [
+        "rank  program  slot beside  label  compute ms   comm ms  longer ms   took ms",
+        "   0           all_to_all   mlp2     1000.000  2000.000   2000.000  3000.000",
+        "   0           all_to_all   mlp1     2000.000   500.000   2000.000  2500.000",
+        "   0           all_to_all   mlp0      750.000   250.000    750.000  1000.000",
     ]
 
 

@@ -33,13 +33,16 @@ from seqpar.comm.differentiable import (
     send_recv_steps,
 )
 from seqpar.comm.handle import CommError, Handle, Mark
+from seqpar.comm.intervals import Interval
 from seqpar.comm.link import LINK_PRESETS, LinkCosts, SimulatedLink
 from seqpar.comm.mesh import Groups, describe, groups, init_mesh, is_deterministic
 from seqpar.comm.record import Count, Recorder, record
+from seqpar.comm.replay import check_schedule
+from seqpar.comm.report import Exposure, TraceReport, TraceSlot
 from seqpar.comm.reshard import heads_to_seq, heads_to_seq_steps, seq_to_heads, seq_to_heads_steps
 from seqpar.comm.schedule import interleave, interleave_steps
 from seqpar.comm.steps import Steps, call, is_wrapped, run, splits, start
-from seqpar.comm.trace import Exposure, Interval, Trace, TraceReport, trace
+from seqpar.comm.trace import Trace, trace
 from seqpar.comm.wire import Wire
 
 __all__ = [
@@ -60,6 +63,7 @@ __all__ = [
     "Steps",
     "Trace",
     "TraceReport",
+    "TraceSlot",
     "Wire",
     "agree",
     "all_gather",
@@ -77,6 +81,7 @@ __all__ = [
     "broadcast_steps",
     "call",
     "check",
+    "check_schedule",
     "describe",
     "groups",
     "heads_to_seq",

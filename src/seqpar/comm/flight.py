@@ -97,6 +97,11 @@ class Flight:
         program = () if trace is None else trace.program
         self._transfer = Transfer(op, label, program, launched, start, end, num_bytes, link is not None)
 
+    @property
+    def number(self) -> int:
+        """Which launch of the trace this is; -1 without one."""
+        return self._transfer.number
+
     def observe(self, works: Sequence[Work]) -> None:
         """The launch has succeeded."""
         if self._trace is None:
@@ -127,7 +132,7 @@ class Flight:
         try:
             return make()
         finally:
-            self._trace.end("finish", self._transfer.label or self._transfer.op)
+            self._trace.end("finish", self._transfer.label or self._transfer.op, self._transfer.number)
 
     def _block(self, join: Callable[[], None]) -> None:
         join()

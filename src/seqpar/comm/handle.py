@@ -49,6 +49,12 @@ class Mark:
     def __init__(self, layer: int, *, opens: bool = True, closes: bool = True) -> None:
         self.layer, self.opens, self.closes = layer, opens, closes
 
+    @property
+    def kind(self) -> str:
+        """What a trace calls it: "mark", or "open" or "close" where it does only that, or "pass"."""
+        names = {(True, True): "mark", (True, False): "open", (False, True): "close", (False, False): "pass"}
+        return names[self.opens, self.closes]
+
     def wait(self) -> None:
         """Return at once."""
 
@@ -104,6 +110,11 @@ class Handle:
         assert inner is not None, "`then` comes before `wait`"
         self._finish = lambda: finish(inner())
         return self
+
+    @property
+    def number(self) -> int:
+        """Which launch of the trace in force this is; -1 where none is traced."""
+        return -1 if self._flight is None else self._flight.number
 
     def done(self) -> bool:
         """Whether `wait` would return without blocking the host (on CUDA: without blocking the stream)."""

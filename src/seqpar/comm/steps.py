@@ -90,13 +90,20 @@ def resume(steps: Generator[Y, Any, Any], value: Any, *index: int) -> Y:
     if trace is None:
         return steps.send(value)
     trace.begin((*trace.program, *index))
-    reached = ("end", "")
+    reached: tuple[str, str, int] = ("end", "", -1)
     try:
         item = steps.send(value)
-        reached = ("launch", item.label or item.op) if isinstance(item, Handle) else ("mark", repr(item))
+        reached = _reached(item)
         return item
     finally:
         trace.end(*reached)
+
+
+def _reached(item: object) -> tuple[str, str, int]:
+    """What a trace is told of a yield."""
+    if isinstance(item, Handle):
+        return "launch", item.label or item.op, item.number
+    return item.kind if isinstance(item, Mark) else "mark", repr(item), -1
 
 
 def call(child: Callable[..., Any], *args: Any, **kwargs: Any) -> Steps[Any]:

@@ -15,54 +15,21 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from math import fsum
 from os import PathLike
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
-__all__ = ["Exposure", "Interval", "Trace", "TraceReport", "current_trace", "trace"]
+from seqpar.comm.intervals import Interval, Program
+from seqpar.comm.picture import draw
+from seqpar.comm.report import TraceReport, report_of
 
-Program = tuple[int, ...]
-Span = tuple[float, float]
-
-
-@dataclass(frozen=True)
-class Interval:
-    """Something that took time on one rank.
-
-    Attributes:
-        kind: computing, a collective under way, or blocked in a wait.
-        op: the collective; for compute what the program did at the end: "launch", "mark", "end" or "finish".
-        label: the layer whose collective it is, or, for compute, was launched (or made into a result) at the end.
-        program: indices of the program in its schedules, outermost first.
-        rank: in the world.
-        start_s: of the trace's clock.
-        end_s: of the trace's clock.
-        launched_s: when the collective was launched: on a simulated link that is busy, before the start.
-        num_bytes: sent by this rank in this launch.
-        simulated: the end is that of a `SimulatedLink`.
-    """
-
-    kind: Literal["compute", "comm", "wait"]
-    op: str
-    label: str
-    program: Program
-    rank: int
-    start_s: float
-    end_s: float
-    launched_s: float
-    num_bytes: int = 0
-    simulated: bool = False
-
-    @property
-    def span(self) -> Span:
-        return self.start_s, self.end_s
+__all__ = ["Trace", "Transfer", "current_trace", "trace"]
 
 
 @dataclass
@@ -77,25 +44,33 @@ class Transfer:
     end_s: float | None
     num_bytes: int
     simulated: bool
+    number: int = -1
+    landed: bool = False
 
     def complete(self, now: float) -> None:
-        """The backend was done at `now`, or before if that is known; a simulated link only ever adds to it."""
-        if self.end_s is None or (self.simulated and now > self.end_s):
+        """The backend was done at `now`, or before if that is known; a simulated link only ever adds to it.
+
+        What comes after the wait is the backend's thread being late.
+        """
+        if not self.landed and (self.end_s is None or (self.simulated and now > self.end_s)):
             self.end_s = now
 
 
 class _Segment:
     """A program between its resumption and its next yield, less its waits."""
 
-    __slots__ = ("pieces", "program", "since")
+    __slots__ = ("after", "pieces", "program", "since")
 
-    def __init__(self, program: Program, now: float) -> None:
-        self.program, self.since = program, now
-        self.pieces: list[Span] = []
+    def __init__(self, program: Program, now: float, after: int) -> None:
+        self.program, self.since, self.after = program, now, after
+        self.pieces: list[tuple[float, float, int]] = []
 
     def pause(self, now: float) -> None:
         if now > self.since:
-            self.pieces.append((self.since, now))
+            self.pieces.append((self.since, now, self.after))
+
+    def go_on(self, now: float, after: int) -> None:
+        self.since, self.after = now, after
 
 
 class Trace:
@@ -112,13 +87,24 @@ class Trace:
         self._intervals: list[Interval] = []
         self._transfers: list[Transfer] = []
         self._stack: list[_Segment] = []
+        self._landed: dict[Program, int] = {}  # the last launch of each program that was waited for
 
     @property
     def intervals(self) -> list[Interval]:
         """Everything that has ended, by rank and start."""
         found = self._intervals + [
             Interval(
-                "comm", t.op, t.label, t.program, self.rank, t.start_s, t.end_s, t.launched_s, t.num_bytes, t.simulated
+                "comm",
+                t.op,
+                t.label,
+                t.program,
+                self.rank,
+                t.start_s,
+                t.end_s,
+                t.launched_s,
+                t.num_bytes,
+                t.simulated,
+                t.number,
             )
             for t in self._transfers
             if t.end_s is not None
@@ -135,20 +121,26 @@ class Trace:
         now = self.clock()
         if self._stack:
             self._stack[-1].pause(now)
-        self._stack.append(_Segment(program, now))
+        self._stack.append(_Segment(program, now, self._landed.get(program, -1)))
 
-    def end(self, op: str, label: str = "") -> None:
+    def end(self, op: str, label: str = "", number: int = -1) -> None:
         """The program of the last `begin` stops at `op` of `label`; the one that it interrupted goes on."""
         now = self.clock()
         segment = self._stack.pop()
         segment.pause(now)
-        for start, stop in segment.pieces:
-            self._intervals.append(Interval("compute", op, label, segment.program, self.rank, start, stop, start))
-        if self._stack:
-            self._stack[-1].since = now
+        program = segment.program
+        if op == "end" and self._stack and self._stack[-1].program == program:
+            op = "return"
+        for piece, (start, stop, after) in enumerate(segment.pieces, 1):
+            what = op if piece == len(segment.pieces) else "part"
+            self._intervals.append(
+                Interval("compute", what, label, program, self.rank, start, stop, start, number=number, after=after)
+            )
+        self._go_on(now)
 
     def add(self, transfer: Transfer) -> None:
         """A collective is under way."""
+        transfer.number = len(self._transfers)
         self._transfers.append(transfer)
 
     @contextmanager
@@ -161,12 +153,20 @@ class Trace:
             yield
         finally:
             now = self.clock()
-            if transfer.end_s is None:
-                transfer.complete(now)
             t = transfer
-            self._intervals.append(Interval("wait", t.op, t.label, t.program, self.rank, start, now, t.launched_s))
-            if self._stack:
-                self._stack[-1].since = now
+            if t.end_s is None:
+                t.complete(now)
+            t.landed = True
+            self._intervals.append(
+                Interval("wait", t.op, t.label, t.program, self.rank, start, now, t.launched_s, number=t.number)
+            )
+            self._landed[t.program] = t.number
+            self._go_on(now)
+
+    def _go_on(self, now: float) -> None:
+        if self._stack:
+            segment = self._stack[-1]
+            segment.go_on(now, self._landed.get(segment.program, -1))
 
     def gather(self, *, group: ProcessGroup) -> Trace:
         """The traces of all ranks of `group` in one, on each of them; the ranks share a machine, and so a clock.
@@ -181,40 +181,23 @@ class Trace:
 
     def report(self) -> TraceReport:
         """How much of the communication was hidden: means over the ranks of this trace."""
-        ranks = sorted({interval.rank for interval in self.intervals})
-        return _mean([_report([i for i in self.intervals if i.rank == rank]) for rank in ranks])
+        return report_of(self.intervals)
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write the trace events that chrome://tracing and ui.perfetto.dev open: a process for each rank."""
         with open(path, "w") as file:
             json.dump({"traceEvents": list(_events(self.intervals)), "displayTimeUnit": "ms"}, file)
 
-    def plot(self, path: str | PathLike[str]) -> None:
-        """Draw the lanes of each rank, compute above communication, a colour for each program; needs matplotlib."""
-        from matplotlib.figure import Figure
+    def plot(self, path: str | PathLike[str], *, title: str = "") -> None:
+        """Draw two lanes for each rank, compute above communication, a colour for each program; needs matplotlib.
 
-        intervals = self.intervals
-        origin = min((i.start_s for i in intervals), default=0.0)
-        programs = sorted({i.program for i in intervals})
-        lanes = [(rank, kind) for rank in sorted({i.rank for i in intervals}) for kind in ("compute", "comm")]
-        figure = Figure(figsize=(12, 1 + 0.5 * len(lanes)), layout="constrained")
-        axes = figure.add_subplot()
-        for number, program in enumerate(programs):
-            for lane, key in enumerate(lanes):
-                mine = [i for i in intervals if (i.rank, i.kind) == key and i.program == program]
-                spans = [((i.start_s - origin) * 1e3, (i.end_s - i.start_s) * 1e3) for i in mine]
-                axes.broken_barh(
-                    spans, (lane - 0.4, 0.8), facecolor=f"C{number % 10}", edgecolor="white", linewidth=0.3
-                )
-            name = ".".join(map(str, program)) or "one"
-            axes.broken_barh([], (0, 0), facecolor=f"C{number % 10}", label=f"program {name}")
-        axes.set_yticks(range(len(lanes)), [f"rank {rank} {kind}" for rank, kind in lanes])
-        axes.invert_yaxis()
-        axes.set_xlabel("ms")
-        axes.set_title("simulated link" if any(i.simulated for i in intervals) else "measured")
-        if programs:
-            figure.legend(loc="outside right upper")
-        figure.savefig(path, dpi=120)
+        Waits are hatched, collectives named where there is room, layers told apart by faint lines.
+
+        Args:
+            path: of the picture; its suffix says the format.
+            title: goes before what the picture says of itself, which is whether links are simulated.
+        """
+        draw(self.intervals, path, title)
 
 
 _TRACE: ContextVar[Trace | None] = ContextVar("seqpar_trace", default=None)
@@ -238,122 +221,6 @@ def trace(*, clock: Callable[[], float] = time.perf_counter) -> Iterator[Trace]:
 def current_trace() -> Trace | None:
     """The trace in force."""
     return _TRACE.get()
-
-
-class Exposure(NamedTuple):
-    """The launches of one collective for one label: how many, how long under way, how long waited for."""
-
-    calls: float
-    comm_s: float
-    exposed_s: float
-
-
-@dataclass(frozen=True)
-class TraceReport:
-    """How much of the communication was hidden, in the mean over ranks.
-
-    Attributes:
-        span_s: from the first interval's start to the last one's end.
-        compute_s: time with a program computing.
-        comm_s: time with a collective under way.
-        overlap_s: time with both.
-        exposed_s: time blocked in waits.
-        by_label: the same for each (collective, label), where times of several launches under way at once add up.
-        num_ranks: how many ranks the means are over.
-        simulated: some collective was on a `SimulatedLink`.
-    """
-
-    span_s: float
-    compute_s: float
-    comm_s: float
-    overlap_s: float
-    exposed_s: float
-    by_label: Mapping[tuple[str, str], Exposure]
-    num_ranks: int
-    simulated: bool
-
-    @property
-    def overlap_ratio(self) -> float:
-        """The share of the communication time in which a program computed; 0 without communication."""
-        return self.overlap_s / self.comm_s if self.comm_s else 0.0
-
-    @property
-    def efficiency(self) -> float:
-        """The time saved against one after the other, of all that could be: min(compute, comm). Idling lowers it."""
-        most = min(self.compute_s, self.comm_s)
-        return (self.compute_s + self.comm_s - self.span_s) / most if most else 0.0
-
-    def __str__(self) -> str:
-        ms = {name: f"{getattr(self, f'{name}_s') * 1e3:.3f} ms" for name in ("span", "compute", "comm", "exposed")}
-        lines = [("collective", "label", "calls", "comm ms", "exposed ms")]
-        for (op, label), e in sorted(self.by_label.items()):
-            lines.append((op, label, f"{e.calls:g}", f"{e.comm_s * 1e3:.3f}", f"{e.exposed_s * 1e3:.3f}"))
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        form = "  ".join(f"{{:{side}{width}}}" for side, width in zip("<<>>>", widths, strict=True))
-        return "\n".join(
-            [
-                f"{ms['span']}: compute {ms['compute']}, communication {ms['comm']}"
-                f"{' (simulated link)' if self.simulated else ''}, mean of {self.num_ranks} rank(s)",
-                f"overlap ratio {self.overlap_ratio:.3f}, efficiency {self.efficiency:.3f}, exposed {ms['exposed']}",
-                *(form.format(*line).rstrip() for line in lines),
-            ]
-        )
-
-
-def _report(intervals: Sequence[Interval]) -> TraceReport:
-    """The report of one rank."""
-    compute, comm = (_union(i.span for i in intervals if i.kind == kind) for kind in ("compute", "comm"))
-    keys = {(i.op, i.label) for i in intervals if i.kind == "comm"}
-    return TraceReport(
-        span_s=max(i.end_s for i in intervals) - min(i.start_s for i in intervals),
-        compute_s=_total(compute),
-        comm_s=_total(comm),
-        overlap_s=_total(compute) + _total(comm) - _total(_union([*compute, *comm])),
-        exposed_s=_total(i.span for i in intervals if i.kind == "wait"),
-        by_label={key: _exposure([i for i in intervals if (i.op, i.label) == key]) for key in keys},
-        num_ranks=1,
-        simulated=any(i.simulated for i in intervals),
-    )
-
-
-def _exposure(intervals: Sequence[Interval]) -> Exposure:
-    comm = [i.span for i in intervals if i.kind == "comm"]
-    return Exposure(float(len(comm)), _total(comm), _total(i.span for i in intervals if i.kind == "wait"))
-
-
-def _mean(reports: Sequence[TraceReport]) -> TraceReport:
-    n, nothing = max(1, len(reports)), Exposure(0.0, 0.0, 0.0)
-    keys = {key for report in reports for key in report.by_label}
-
-    def exposure(key: tuple[str, str]) -> Exposure:
-        columns = zip(*(report.by_label.get(key, nothing) for report in reports), strict=True)
-        return Exposure(*(fsum(column) / n for column in columns))
-
-    return TraceReport(
-        span_s=fsum(report.span_s for report in reports) / n,
-        compute_s=fsum(report.compute_s for report in reports) / n,
-        comm_s=fsum(report.comm_s for report in reports) / n,
-        overlap_s=fsum(report.overlap_s for report in reports) / n,
-        exposed_s=fsum(report.exposed_s for report in reports) / n,
-        by_label={key: exposure(key) for key in keys},
-        num_ranks=len(reports),
-        simulated=any(report.simulated for report in reports),
-    )
-
-
-def _union(spans: Iterable[Span]) -> list[Span]:
-    """The same times in disjoint spans."""
-    out: list[Span] = []
-    for start, end in sorted(spans):
-        if out and start <= out[-1][1]:
-            out[-1] = (out[-1][0], max(end, out[-1][1]))
-        else:
-            out.append((start, end))
-    return out
-
-
-def _total(spans: Iterable[Span]) -> float:
-    return fsum(end - start for start, end in spans)
 
 
 def _events(intervals: Sequence[Interval]) -> Iterator[dict[str, Any]]:
