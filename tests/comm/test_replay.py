@@ -126,8 +126,9 @@ def swap_mlps_of_chunks(t: list[Interval]) -> list[Interval]:
     return swapped(t, find(t, "compute", 0, B), find(t, "compute", 1, B))
 
 
-def swap_a_sum_with_its_block(t: list[Interval]) -> list[Interval]:
-    return swapped(t, find(t, "compute", 1, A), find(t, "comm", 1, A))
+def sum_before_its_block(t: list[Interval]) -> list[Interval]:
+    x, early = find(t, "comm", 1, A), find(t, "compute", 1, A).start_s - 1e-6
+    return changed(t, (x, replace(x, launched_s=early, start_s=early)))
 
 
 def sum_after_its_users(t: list[Interval]) -> list[Interval]:
@@ -199,7 +200,7 @@ def one_launch_less_on_rank_1(t: list[Interval]) -> list[Interval]:
 EDGES: dict[Doctor, str] = {
     swap_blocks_of_a_chunk: r"compute after its collective: .*`layers.1.mlp.down_proj` of program 0 on rank 0",
     swap_mlps_of_chunks: r"compute after its collective: .*`layers.1.mlp.down_proj` of program 1 on rank 0",
-    swap_a_sum_with_its_block: r"launch after compute: .*`layers.1.self_attn.o_proj`.* of program 1 on rank 0",
+    sum_before_its_block: r"launch after compute: .*`layers.1.self_attn.o_proj`.* of program 1 on rank 0",
     sum_after_its_users: r"wait until the end: `all_reduce` of `layers.1.self_attn.o_proj`.* of program 1 on rank 0",
     compute_before_its_sum: r"compute after its collective: compute up to launch `layers.1.mlp.down_proj` of program "
     r"1 on rank 0 must go on after `all_reduce` of `layers.1.self_attn.o_proj` \(launch \d+\) has arrived",
