@@ -1,10 +1,15 @@
-"""What only a GPU can show: the same layers on CUDA, NCCL's one-rank groups, handles across streams.
+"""What only a GPU can show: the same layers on CUDA, NCCL's one-rank groups, streams, graphs, simulated links.
 
 Run by `benchmarks/gpu.sh`; one GPU is enough. Several NCCL ranks remain unverified until there are several GPUs.
 """
 
 from __future__ import annotations
 
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,14 +18,21 @@ from torch import Tensor
 
 from seqpar import comm, kernels
 from seqpar.kernels.attention import reference
+from seqpar.kernels.spin import spin
 from seqpar.kv import PagedKV
 from seqpar.layers import ParallelDecoderLayer
 from seqpar.partition import HeadMap
 from seqpar.ragged import RaggedBatch
+from tests import cuda_cases
+from tests.cuda_cases import CASES, inputs, link
 from tests.layers.reference import DecoderLayer, rope
 
 pytestmark = pytest.mark.gpu
-CHECKPOINT = Path(__file__).parent.parent / "examples" / "tiny-llama"
+ROOT = Path(__file__).parent.parent
+CHECKPOINT = ROOT / "examples" / "tiny-llama"
+compiles = pytest.mark.skipif(
+    os.environ["TRITON_INTERPRET"] == "1", reason="Triton interprets: set TRITON_INTERPRET=0, as benchmarks/gpu.sh does"
+)
 
 
 @pytest.fixture(scope="module")
@@ -117,3 +129,195 @@ def test_a_handle_waited_for_on_another_stream_keeps_its_memory(mesh: comm.Devic
         torch.full((1 << 22,), -1.0, device="cuda")
     torch.cuda.synchronize()
     assert total.item() == 3.0 * (1 << 22)
+
+
+# Collectives and schedules: on another stream, in a graph, under the sanitizer.
+
+
+def test_a_result_waited_for_on_another_stream_has_been_computed(mesh: comm.DeviceMesh) -> None:
+    """A delay before what makes it: without the order that `Handle` gives, the other stream reads what was there."""
+    group = comm.groups(mesh).flat
+    x = torch.zeros(1 << 22, device="cuda")
+    torch.cuda.synchronize()
+    sleep(0.1)
+    x.fill_(3.0)
+    handle = comm.all_reduce_async(x, group=group)
+    with torch.cuda.stream(torch.cuda.Stream()):
+        total = handle.wait().sum()
+    torch.cuda.synchronize()
+    assert total.item() == 3.0 * (1 << 22)
+
+
+@pytest.mark.parametrize("name", cuda_cases.BACKEND)
+def test_what_nccl_returns_on_another_stream_keeps_its_memory(mesh: comm.DeviceMesh, name: str) -> None:
+    """Behind a delay, with the memory asked for again at once by the stream that launched."""
+    group, start = comm.groups(mesh).flat, cuda_cases.BACKEND[name]
+    start(group, inputs("cuda")).wait()  # NCCL makes its communicator
+    torch.cuda.synchronize()
+    sleep(0.1)
+    handle = start(group, inputs("cuda") * 1)
+    with torch.cuda.stream(torch.cuda.Stream()):
+        out = handle.wait() * 1
+    del handle
+    for _ in range(8):
+        torch.full_like(inputs("cuda"), -1.0)
+    torch.cuda.synchronize()
+    assert torch.equal(out, inputs("cuda"))
+
+
+@compiles
+@pytest.mark.parametrize("name", CASES)
+def test_a_graph_replays_what_ran_eagerly(mesh: comm.DeviceMesh, name: str) -> None:
+    group, x = comm.groups(mesh).flat, inputs("cuda")
+    with link(1e-5).on(group):
+        replay = captured(lambda: CASES[name](group, x))
+    for offset in (0.0, 1.0):
+        x.copy_(inputs("cuda") + offset)
+        with link(1e-5).on(group):
+            eager = CASES[name](group, x)
+        assert torch.equal(replay(), eager) and torch.equal(eager, inputs("cuda") + offset)
+
+
+@compiles
+@pytest.mark.parametrize("chunks", [1, 2, 3])
+def test_chunks_of_a_prompt_in_a_graph_equal_the_same_chunks_one_after_another(
+    mesh: comm.DeviceMesh, chunks: int
+) -> None:
+    """A decoder layer over a paged cache, bit for bit."""
+    torch.manual_seed(3)
+    groups, tokens, dtype = comm.groups(mesh), 96, torch.bfloat16
+    module = DecoderLayer(64, 8, 2, 16, 96, qk_norm=False).to("cuda", dtype)
+    layer = ParallelDecoderLayer.from_module(module, groups=groups, heads=HeadMap(8, 2))
+    x = torch.randn(tokens, 64, device="cuda", dtype=dtype)
+    kv = PagedKV.contiguous(1, 1, tokens, 2, 16, dtype=dtype, device="cuda")
+    batch = kv.batch([0], [tokens])
+    cos, sin = (table.to("cuda", dtype) for table in rope(batch.positions.cpu(), 16))
+    cuts = [tokens * i // chunks for i in range(1, chunks)]
+    spans = [slice(a, b) for a, b in zip([0, *cuts], [*cuts, tokens], strict=True)]
+
+    parts = batch.split(cuts)  # once: what they hold on the device is made at the first run, before the capture
+
+    def programs() -> list[comm.Steps[Tensor]]:
+        chunks = zip(spans, parts, strict=True)
+        return [layer.steps(x[span], part, cos[span], sin[span], kv) for span, part in chunks]
+
+    with torch.no_grad(), link(2e-5).on(groups.tp):
+        serial = torch.cat([comm.run(steps) for steps in programs()])
+        assert torch.equal(torch.cat(comm.interleave(programs())), serial)
+        replay = captured(lambda: torch.cat(comm.interleave(programs())))
+    for _ in range(2):
+        assert torch.equal(replay(), serial)
+
+
+@compiles
+def test_the_sanitizer_finds_nothing_but_the_race_planted_for_it() -> None:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)])}
+    ran = subprocess.run(
+        [sys.executable, "-m", "tests.cuda_cases"],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=ROOT,
+        timeout=300,
+    )
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    printed = ran.stdout.splitlines()
+    assert printed[-1] == "the race was found"
+    assert len(printed) - 1 == len(CASES) + len(cuda_cases.STARTS)
+
+
+# Simulated links.
+
+
+@compiles
+@pytest.mark.parametrize("seconds", [5e-4, 2e-3])
+@pytest.mark.parametrize("ctas", [1, 4, 24])
+def test_a_spin_takes_its_time(seconds: float, ctas: int) -> None:
+    assert timed(lambda: spin(seconds, ctas=ctas)) == pytest.approx(seconds, rel=0.02)
+
+
+@compiles
+def test_longer_transfers_take_longer_by_what_they_send() -> None:
+    """What a launch itself takes drops out; as short as the sums of one layer."""
+    short, long = (statistics.median(timed(lambda t=t: spin(t, ctas=4)) for _ in range(9)) for t in (5e-5, 2.5e-4))
+    assert long - short == pytest.approx(2e-4, rel=0.02)
+
+
+@compiles
+def test_transfers_follow_one_another_and_compute_hides_them(mesh: comm.DeviceMesh) -> None:
+    group, x, one = comm.groups(mesh).flat, inputs("cuda"), 2e-3
+
+    def transfers(count: int) -> list[comm.Handle]:
+        with link(one).on(group):
+            return [comm.all_reduce_async(x, group=group) for _ in range(count)]
+
+    def wait_for(handles: list[comm.Handle], compute_s: float) -> None:
+        sleep(compute_s)
+        for handle in handles:
+            handle.wait()
+
+    alone = timed(lambda: sleep(4 * one))
+    assert timed(lambda: wait_for(transfers(3), 0.0)) == pytest.approx(3 * one, rel=0.05)
+    assert timed(lambda: wait_for(transfers(2), 4 * one)) == pytest.approx(alone, rel=0.05)
+
+
+@compiles
+def test_a_wait_blocks_the_stream_and_not_the_host(mesh: comm.DeviceMesh) -> None:
+    group, x = comm.groups(mesh).flat, inputs("cuda")
+    with link(0.5).on(group):
+        handle = comm.all_reduce_async(x, group=group)
+        assert handle.wait() is x
+        assert not handle.done() and not torch.cuda.current_stream().query()
+    torch.cuda.synchronize()
+    assert handle.done()
+
+
+@compiles
+def test_a_graph_takes_the_time_of_its_transfers(mesh: comm.DeviceMesh) -> None:
+    group, x = comm.groups(mesh).flat, inputs("cuda")
+    with link(1e-3).on(group):
+        replay = captured(lambda: CASES["interleave 2"](group, x))  # two chunks of four layers
+    assert timed(replay) == pytest.approx(8e-3, rel=0.05)
+
+
+def sleep(seconds: float) -> None:
+    """Keep the current stream busy for about that long."""
+    torch.cuda._sleep(int(seconds * 1.7e9))
+
+
+def timed(run: Callable[[], object]) -> float:
+    """Seconds on the device; the host is ahead, so that its launches cost nothing."""
+    run()
+    found = []
+    for _ in range(9):
+        torch.cuda.synchronize()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        sleep(2e-3)
+        start.record()
+        run()
+        end.record()
+        torch.cuda.synchronize()
+        found.append(start.elapsed_time(end) * 1e-3)
+    return statistics.median(found)
+
+
+def captured(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """`run` as a graph; the result is the same tensor at each replay.
+
+    Errors of other threads are not this capture's: NCCL's watchdog asks for events when it likes.
+    """
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run()
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        out = run()
+
+    def replay() -> Tensor:
+        graph.replay()
+        return out
+
+    return replay

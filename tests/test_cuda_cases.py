@@ -1,0 +1,15 @@
+"""The cases of the CUDA tests on a CPU: what they run is right in itself, and every wait happens."""
+
+from __future__ import annotations
+
+from tests import cuda_cases
+from tests.ranks import run_ranks
+
+
+def everything(rank: int, p: int) -> list[str]:
+    return cuda_cases.check_all("cpu")
+
+
+def test_the_cases_of_the_cuda_tests_run_on_a_cpu() -> None:
+    (ran,) = run_ranks(1, everything)
+    assert len(ran) == len(cuda_cases.CASES) + len(cuda_cases.STARTS)
