@@ -91,3 +91,34 @@ def test_a_wrong_result_prints_no_numbers(tmp_path: Path) -> None:
     assert ran.returncode == 1
     assert "WRONG RESULT" in ran.stderr and "decode 1 seqpar: relative error" in ran.stderr
     assert "ms" not in ran.stdout
+
+
+def overlap_on_a_cpu(script: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, script, "--device", "cpu", "--quick", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_overlap_cuda_runs_whole_on_a_cpu(tmp_path: Path) -> None:
+    found = tmp_path / "found.json"
+    ran = overlap_on_a_cpu(BENCHMARKS / "overlap_cuda.py", "--json", found)
+    assert ran.returncode == 0, ran.stderr
+    written = json.loads(found.read_text())
+    assert written["meta"]["simulated"] is True
+    assert {row["name"].split(":")[0] for row in written["rows"]} == {"ghost", "tax", "contention", "late", "schedules"}
+    assert "simulated sums, graphs, ms; beside TokenWeave's" in ran.stdout
+
+
+def test_overlap_cuda_prints_nothing_over_chunks_that_differ(tmp_path: Path) -> None:
+    script = tmp_path / "overlap_cuda.py"
+    right = (BENCHMARKS / "overlap_cuda.py").read_text()
+    wrong = right.replace("return torch.cat(comm.interleave(", "return 2 * torch.cat(comm.interleave(")
+    assert wrong != right
+    script.write_text(wrong)
+    (tmp_path / "common.py").write_text((BENCHMARKS / "common.py").read_text())
+    ran = overlap_on_a_cpu(script, "--only", "schedules")
+    assert ran.returncode == 1 and not ran.stdout
+    assert "WRONG RESULT: schedules: 32 tokens in 2 chunks: interleaved differs" in ran.stderr

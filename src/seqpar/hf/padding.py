@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Bool, Int64
 from torch import Tensor
-from transformers.modeling_utils import slice_logits_to_keep
 
 __all__ = ["Padding", "Selection", "check_windows"]
 
@@ -125,8 +124,7 @@ class Padding:
             return self.all_rows(device)
         if isinstance(logits_to_keep, Tensor):
             logits_to_keep = logits_to_keep.cpu()
-        grid = torch.arange(batch * length).view(batch, length, 1)
-        wanted = slice_logits_to_keep(grid, logits_to_keep)[..., 0]
+        wanted = _slice(torch.arange(batch * length).view(batch, length), logits_to_keep)
         dims, flat = tuple(wanted.shape), wanted.reshape(-1)
         if self.mask is None:
             return Selection(tuple(flat.tolist()), None, dims)
@@ -134,6 +132,13 @@ class Padding:
         row_of = keep.cumsum(0) - 1
         places = keep[flat].nonzero()[:, 0]
         return Selection(tuple(row_of[flat[places]].tolist()), places.to(device), dims)
+
+
+def _slice(grid: Int64[Tensor, "b s"], keep: int | Tensor) -> Int64[Tensor, "..."]:
+    """What Transformers keeps: a number of last columns, columns, columns of each row, or what a mask marks."""
+    if isinstance(keep, Tensor) and keep.ndim == 2:
+        return grid[keep] if keep.dtype == torch.bool else grid.take_along_dim(keep, 1)
+    return grid[:, -keep:] if isinstance(keep, int) else grid[:, keep]
 
 
 def check_windows(windows: Sequence[int | None], mask: Bool[Tensor, "b s"] | None) -> None:
