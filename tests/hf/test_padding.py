@@ -8,8 +8,8 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from transformers.masking_utils import find_packed_sequence_indices, sliding_window_causal_mask_function
 from transformers import modeling_utils
+from transformers.masking_utils import find_packed_sequence_indices, sliding_window_causal_mask_function
 
 from seqpar.hf.padding import Padding, check_windows
 
