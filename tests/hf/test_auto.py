@@ -50,6 +50,7 @@ def chosen(
             assert torch.equal(model.generate(ids, max_new_tokens=4, do_sample=False), expected)
         assert not any(label == "calibrate" for _, label in sent.counts)
         assert auto.latest is not None and auto.latest.num_tokens == TOKENS
+        assert auto.latest.last_rows == (None if computes else 2)  # a hook on the last layer wants to see all rows
         return auto.latest.cuts, auto.costs, parallel.explain_overlap()
 
 

@@ -155,6 +155,7 @@ def test_the_last_layer_runs_on_few_rows() -> None:
     whole, tail = overlap(short, 4096, num_layers=8), overlap(short, 4096, num_layers=8, last_rows=1)
     assert tail.serial_s == pytest.approx(whole.serial_s * 7 / 8 + 5e-7 * 4096 + 5e-6, rel=1e-3)
     assert tail.predicted_s < whole.predicted_s
+    assert tail.explain().startswith("4,096 tokens through 8 layer(s), 1 row(s) of the last: ")
     exposed = [choice.candidates[0].exposed_s for choice in (whole, tail)]
     assert exposed[1] < exposed[0]
 

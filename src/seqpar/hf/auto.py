@@ -56,10 +56,16 @@ class AutoOverlap:
         self.latest: OverlapChoice | None = None
         self._whole: str | None = None
         self._reaches = 0 if costs is None else sys.maxsize
-        self._decided: dict[tuple[tuple[int, ...], tuple[int, ...]], OverlapChoice] = {}
+        self._decided: dict[tuple[tuple[int, ...], tuple[int, ...], int | None], OverlapChoice] = {}
 
     def cuts_of(
-        self, q_lens: Sequence[int], cached: Sequence[int], layers: nn.ModuleList, *, group: ProcessGroup
+        self,
+        q_lens: Sequence[int],
+        cached: Sequence[int],
+        layers: nn.ModuleList,
+        *,
+        group: ProcessGroup,
+        last_rows: int | None = None,
     ) -> tuple[int, ...]:
         """Where to cut a step; nowhere below the gate, and while a layer is called as a whole.
 
@@ -68,6 +74,7 @@ class AutoOverlap:
             cached: tokens of each that are cached already.
             layers: the model's, to measure.
             group: all ranks.
+            last_rows: rows that are wanted of the last layer, where it leaves out the others.
 
         Comm:  when it measures.
         """
@@ -81,7 +88,8 @@ class AutoOverlap:
             self.costs = self._measure(layers, min(total, _LARGEST), group)
             self._decided.clear()
         assert self.costs is not None
-        key = tuple(q_lens), tuple(cached)
+        last_rows = last_rows if self.costs.last and last_rows != total else None
+        key = tuple(q_lens), tuple(cached), last_rows
         if key not in self._decided:
             while len(self._decided) >= _KEPT:
                 del self._decided[next(iter(self._decided))]
@@ -92,6 +100,7 @@ class AutoOverlap:
                 prefix=key[1],
                 chunks=self.chunks,
                 margin=self.margin,
+                last_rows=last_rows,
             )
         self.latest = self._decided[key]
         return self.latest.cuts

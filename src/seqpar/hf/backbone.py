@@ -158,12 +158,13 @@ class ParallelBackbone(nn.Module):
         keep = kwargs.pop(KEEP, 0)
         wanted = self._wanted(kwargs.pop("output_hidden_states", self.config.output_hidden_states))
         self._check_options(kwargs)
-        plan = self._plan(input_ids, inputs_embeds, attention_mask, position_ids, past_key_values, use_cache)
+        some = wanted is None and self._takes_tail()
+        inputs = (input_ids, inputs_embeds, attention_mask, position_ids, past_key_values, use_cache)
+        plan = self._plan(*inputs, keep if some else 0)
         tokens = plan.padding.pack(inputs_embeds if input_ids is None else input_ids)  # type: ignore[arg-type]
         everything = plan.padding.all_rows(tokens.device)
         selection = plan.padding.select(keep, tokens.device) if wanted is None else everything
         cos, sin = self._rope(plan)
-        some = wanted is None and self._takes_tail()
         chunks = _chunks(plan.batch, plan.cuts, selection.rows if some else None)
         outputs = yield from comm.interleave_steps(
             [
@@ -283,6 +284,7 @@ class ParallelBackbone(nn.Module):
         position_ids: Any,
         past_key_values: Any,
         use_cache: bool | None,
+        keep: int | Tensor,
     ) -> _Plan:
         """Check a call, lay its tokens out flat and find room for them in the cache."""
         tokens = self._check_tokens(input_ids, inputs_embeds)
@@ -304,7 +306,7 @@ class ParallelBackbone(nn.Module):
         if store is None and position_ids is not None and attention_mask is None:
             padding = Padding.packed(shape, places.expand(shape))
         positions = padding.pack(places.expand(shape))
-        cuts = () if gradients else self._cuts(padding, store)  # gradients do not flow through a cache
+        cuts = () if gradients else self._cuts(padding, store, keep)  # gradients do not flow through a cache
         if store is None and not cuts:
             batch = RaggedBatch.build(padding.q_lens, padding.q_lens, positions=positions, device=device)
             return _Plan(padding, batch, places)
@@ -318,13 +320,18 @@ class ParallelBackbone(nn.Module):
         inputs = () if inputs_embeds is None else (inputs_embeds,)
         return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*inputs, *self.parameters()))
 
-    def _cuts(self, padding: Padding, store: CacheStore | None) -> tuple[int, ...]:
-        """Where a step without gradients is cut; rows that hold several sequences each are not, nor are decodes."""
+    def _cuts(self, padding: Padding, store: CacheStore | None, keep: int | Tensor) -> tuple[int, ...]:
+        """Where a step without gradients is cut; rows that hold several sequences each are not, nor are decodes.
+
+        `keep` says of which rows the last layer's output is wanted.
+        """
         if self.overlap is None or len(padding.q_lens) != padding.shape[0] or max(padding.q_lens) == 1:
             return ()
         if isinstance(self.overlap, AutoOverlap):
             cached = store.lengths if store is not None and store.lengths else (0,) * len(padding.q_lens)
-            return self.overlap.cuts_of(padding.q_lens, cached, self.layers, group=self.groups.flat)
+            rows = padding.select(keep, torch.device("cpu")).rows
+            wanted = len(rows) if rows else None
+            return self.overlap.cuts_of(padding.q_lens, cached, self.layers, group=self.groups.flat, last_rows=wanted)
         cuts = self.overlap.cuts_of(padding.num_tokens)
         whole = next(called_whole(self.layers, "layers"), None) if cuts else None
         if whole is not None:

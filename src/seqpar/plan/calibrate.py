@@ -33,10 +33,11 @@ Measured = tuple[float, float]
 
 
 class _Probe(NamedTuple):
-    """New tokens, and tokens cached before them."""
+    """New tokens, tokens cached before them, and whether the layer is a last one of which no row is wanted."""
 
     tokens: int
-    prefix: int
+    prefix: int = 0
+    last: bool = False
 
 
 class _Wait(NamedTuple):
@@ -69,7 +70,7 @@ def calibrate(
         layout: one that the layers know; the stored one by default.
         progress: told how many measurements are done, and of how many.
 
-    Comm:  the layers' own, a gather of one integer before each measurement, and of all results at the end.
+    Comm:  the layers' own, a gather of one number before each measurement, and of all results at the end.
 
     Raises:
         ValueError: no layers or rounds, sizes that are not increasing, layers of different windows; layers whose
@@ -78,7 +79,10 @@ def calibrate(
     _check(layers, tokens, rounds)
     window = _parts(layers[0])[0].window
     half = min(tokens, key=lambda size: abs(2 * size - tokens[-1]))
-    probes = [*(_Probe(size, 0) for size in tokens), _Probe(half, half)]
+    probes = [*map(_Probe, tokens), _Probe(half, half)]
+    takes = torch.tensor([all(layer.takes_tail() for layer in layers)])  # a hook may be on one rank alone
+    if comm.all_gather(_on_device(takes, group), group=group, label="calibrate").all():
+        probes += [_Probe(size, last=True) for size in sorted({tokens[0], tokens[-1]})]
     bench = _Bench(layers, max(tokens[-1], 2 * half), layout)
     found: list[list[list[_Wait]]] = [[] for _ in probes]
     simulated = False
@@ -92,7 +96,13 @@ def calibrate(
                     found[index].append(waits)
                 if progress is not None:
                     progress(turn * len(probes) + index + 1, (rounds + 1) * len(probes))
-    slots = _agreed(_same_slots(found), group)
+    slots = [
+        measured
+        for last in (False, True)
+        for measured in _agreed(
+            _same_slots([waits for probe, waits in zip(probes, found, strict=True) if probe.last == last]), group
+        )
+    ]
     where = f"{group.size()} rank(s) of {bench.x.device.type}{', simulated link' if simulated else ''}"
     return _fit(probes, slots, window, f"measured on {where}, {tokens[0]} to {tokens[-1]} tokens")
 
@@ -126,7 +136,8 @@ class _Bench:
         simulated, each = False, []
         for layer in self.layers:
             x = self.x[: self._local(layer, probe.tokens)].contiguous()
-            steps = layer.steps(x, batch, cos, sin, self.kv, layout=self.layout)
+            tail = batch.tail([]) if probe.last else None
+            steps = layer.steps(x, batch, cos, sin, self.kv, layout=self.layout, tail=tail)
             with comm.trace() as seen:
                 timed = _on_stream(steps) if x.is_cuda else comm.run(steps)
             simulated |= any(interval.simulated for interval in seen.intervals)
@@ -221,6 +232,8 @@ def _joined(waits: list[_Wait]) -> list[_Wait]:
 
 def _agreed(found: list[list[list[_Wait]]], group: ProcessGroup) -> list[list[Measured]]:
     """Compute and communication of [probe, slot] over all ranks, the same numbers on each."""
+    if not found:
+        return []
     mine = torch.tensor([[[wait[1:] for wait in waits] for waits in rounds] for rounds in found], dtype=torch.float64)
     everyone = comm.all_gather(_on_device(mine[None], group), group=group, label="calibrate").cpu()
     compute = everyone[..., 0].median(dim=2).values.amax(dim=0)
@@ -229,24 +242,36 @@ def _agreed(found: list[list[list[_Wait]]], group: ProcessGroup) -> list[list[Me
 
 
 def _fit(probes: list[_Probe], slots: list[list[Measured]], window: int | None, source: str) -> LayerCosts:
-    """Costs of every slot from its measurements at every probe, the last of which has a prefix."""
-    *plain, behind = probes
-    without = next(index for index, probe in enumerate(plain) if probe.tokens == behind.tokens)
-    grown = [after[0] - before[0] for before, after in zip(slots[without], slots[-1], strict=True)]
+    """Costs of every slot from its measurements at every probe, one of which has a prefix."""
+    behind = next(index for index, probe in enumerate(probes) if probe.prefix)
+    plain, last = probes[:behind], probes[behind + 1 :]
+    without = next(index for index, probe in enumerate(plain) if probe.tokens == probes[behind].tokens)
+    grown = [after[0] - before[0] for before, after in zip(slots[without], slots[behind], strict=True)]
     attends = max(range(len(grown)), key=grown.__getitem__)
-    pairs = [Prompt(*probe, window).pairs(0, probe.tokens) for probe in probes]
-    more = pairs[-1] - pairs[without]
+    pairs = [Prompt(probe.tokens, probe.prefix, window).pairs(0, probe.tokens) for probe in probes]
+    more = pairs[behind] - pairs[without]
     per_pair = max(0.0, grown[attends] / more) if more else 0.0
+    return LayerCosts(
+        tuple(
+            _slot(plain, slots[:behind], pairs, index, per_pair if index == attends else 0.0)
+            for index in range(len(grown))
+        ),
+        window=window,
+        last=tuple(_slot(last, slots[behind + 1 :], pairs, index, 0.0) for index in range(len(slots[-1])))
+        if last
+        else (),
+        source=source,
+    )
 
-    def slot(index: int) -> SlotCosts:
-        each = per_pair if index == attends else 0.0
-        measured = [at[index] for at in slots[:-1]]
-        tokens = tuple(probe.tokens for probe in plain)
-        compute = (max(0.0, c - each * n) for (c, _), n in zip(measured, pairs[:-1], strict=True))
-        comms = tuple(x for _, x in measured)
-        return SlotCosts(Curve(tokens, tuple(compute)), Curve(tokens, comms) if any(comms) else None, each)
 
-    return LayerCosts(tuple(map(slot, range(len(grown)))), window=window, source=source)
+def _slot(
+    probes: list[_Probe], slots: list[list[Measured]], pairs: list[int], index: int, per_pair_s: float
+) -> SlotCosts:
+    """One slot from its measurements at some probes; what the attention takes of them is told apart."""
+    tokens, measured = tuple(probe.tokens for probe in probes), [at[index] for at in slots]
+    compute = tuple(max(0.0, c - per_pair_s * n) for (c, _), n in zip(measured, pairs, strict=False))
+    comms = tuple(x for _, x in measured)
+    return SlotCosts(Curve(tokens, compute), Curve(tokens, comms) if any(comms) else None, per_pair_s)
 
 
 def _on_device(x: Tensor, group: ProcessGroup) -> Tensor:

@@ -66,6 +66,7 @@ class OverlapChoice:
         candidates: the best of each number of chunks; none where the first gate was not passed.
         margin: what a cut must save, as a share of its time.
         source: where the costs are from.
+        last_rows: rows that the last layer computes; None for all.
     """
 
     cuts: Cuts
@@ -81,6 +82,7 @@ class OverlapChoice:
     candidates: tuple[Candidate, ...]
     margin: float
     source: str = ""
+    last_rows: int | None = None
 
     @property
     def chunks(self) -> int:
@@ -98,7 +100,8 @@ class OverlapChoice:
 
     def explain(self) -> str:
         """Why, for people: the verdict, the gates, and a line for each number of chunks."""
-        whole = f"{self.num_tokens:,} tokens through {self.num_layers} layer(s)"
+        rows = "" if self.last_rows is None else f", {self.last_rows:,} row(s) of the last"
+        whole = f"{self.num_tokens:,} tokens through {self.num_layers} layer(s){rows}"
         verdict = "run whole" if not self.cuts else f"{self.chunks} chunks, cut at {_listed(self.cuts)}"
         share = self.comm_s / self.serial_s if self.serial_s else 0.0
         can = bool(self.candidates)
@@ -181,6 +184,7 @@ def overlap(
         candidates=candidates,
         margin=margin,
         source=costs.source,
+        last_rows=last_rows,
     )
 
 
