@@ -167,6 +167,7 @@ def rows_are_invariant(stack: Stack, batch: RaggedBatch, cuts: Sequence[int], wi
             head_dim=16,
             dtype=stack.dtype,
             window=window,
+            deterministic=True,
         )
     )
 
@@ -195,11 +196,14 @@ def unchunked(
 
 
 WHOLE_REQUESTS = ((64, 32, 96), (64, 96), None)
-INSIDE_A_REQUEST = ((192, 64), (64, 128, 192), 33)
+INSIDE_A_REQUEST = ((192, 65), (64, 128, 192), None)
+UNDER_A_WINDOW = ((192, 65), (64, 128, 192), 33)
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize("case", [WHOLE_REQUESTS, INSIDE_A_REQUEST], ids=["whole-requests", "inside-a-request"])
+@pytest.mark.parametrize(
+    "case", [WHOLE_REQUESTS, INSIDE_A_REQUEST, UNDER_A_WINDOW], ids=["whole-requests", "inside", "windowed"]
+)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=name_of)
 def test_chunks_are_the_whole_batch_where_rows_and_sums_are_invariant(
     layout: tuple[int, int], case: Any, dtype: torch.dtype

@@ -62,8 +62,9 @@ def init_mesh(
         device: "cpu" or "cuda"; default is "cuda" where there is one.
         mesh: take this mesh, or this slice of one, with its own groups, instead of making one.
         deterministic: reductions of the groups of this mesh are float32 sums in rank order, rounded once; so they then
-            are in every mesh of the user's own that shares a group with it. None leaves the groups of `mesh` as they
-            are, and is False where the mesh is made here.
+            are in every mesh of the user's own that shares a group with it. Layers then attend so that cuts do not
+            change the bits either, see `seqpar.kernels.is_cut_invariant`. None leaves the groups of `mesh` as they are,
+            and is False where the mesh is made here.
         timeout_s: how long a collective of this mesh may wait for its slowest rank; with `mesh=` that is its own.
 
     Raises:

@@ -7,8 +7,8 @@ shapes, on the real weights, show what they do on this machine with this number 
 
 What was seen (a Xeon with AVX-512, one thread, November 2026): products of chunks of 16 rows and more, cut at multiples
 of 16, are row-invariant for up to 256 input features, in bfloat16 up to 128; those of fewer rows than 16 or of more
-features mostly are not. Causal attention is cut-invariant where requests stay whole, and under a window also where they
-are cut at multiples of 64 tokens.
+features mostly are not. Causal attention is cut-invariant where requests stay whole; if deterministic, and under a
+window anyway, also where they are cut at multiples of 64 tokens.
 """
 
 from __future__ import annotations
@@ -67,6 +67,7 @@ def is_cut_invariant(
     head_dim: int,
     dtype: torch.dtype,
     window: int | None = None,
+    deterministic: bool = False,
 ) -> bool:
     """Whether `attention` of each chunk, over its predecessors' keys too, gives the bits of all tokens at once.
 
@@ -78,6 +79,7 @@ def is_cut_invariant(
         head_dim: D.
         dtype: Of the activations.
         window: Keys that a token sees, itself included; None for all before it.
+        deterministic: As layers of a deterministic mesh compute it.
 
     Raises:
         ValueError: cuts that are not in order or not within the step.
@@ -93,8 +95,9 @@ def is_cut_invariant(
 
     def attend(rows: slice, part: RaggedBatch) -> Tensor:
         if part.kv_lens == part.q_lens:  # as layers do: the keys are at hand
-            return attention(q[rows], given[0][rows], given[1][rows], part.without_cache, window=window)[0]
-        return attention(q[rows], k, v, part, window=window)[0]
+            keys, values = (x[rows] for x in given)
+            return attention(q[rows], keys, values, part.without_cache, window=window, deterministic=deterministic)[0]
+        return attention(q[rows], k, v, part, window=window, deterministic=deterministic)[0]
 
     bounds = [0, *cuts, batch.num_tokens]
     parts = [attend(slice(a, b), part) for (a, b), part in zip(pairwise(bounds), batch.split(cuts), strict=True)]

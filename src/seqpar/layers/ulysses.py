@@ -272,6 +272,7 @@ class UlyssesAttention(nn.Module):
             "softmax_scale": self.softmax_scale,
             "window": self.window,
             "kv_head_of": self.kv_head_of,
+            "deterministic": comm.is_deterministic(self.exchanges[None].group),
         }
         if kv is not None:
             kv.append(self.layer_index, k.detach(), v.detach(), batch)

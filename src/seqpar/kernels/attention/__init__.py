@@ -22,6 +22,7 @@ def attention(
     softmax_scale: float | None = None,
     window: int | None = None,
     kv_head_of: tuple[int, ...] | None = None,
+    deterministic: bool = False,
     backend: Backend = "auto",
 ) -> tuple[Float[Tensor, "t h d"], Float[Tensor, "t h"]]:
     """What each new token gathers from the keys of its request that it may see, and the mass it saw.
@@ -40,6 +41,9 @@ def attention(
         softmax_scale: Factor on the scores; D ** -0.5 by default.
         window: Keys that a token sees, itself included; None for all before it.
         kv_head_of: KV head that each query head reads, non-decreasing; query heads are shared out evenly by default.
+        deterministic: On a CPU, compute a request's new tokens in blocks of 64, so that chunks cut at multiples of 64
+            give the bits of all at once (`is_cut_invariant`). Prompts of 512 and 2048 tokens take 0.8 and 1.25 times
+            as long as otherwise (16 / 4 heads of 64; one Xeon core, November 2026).
         backend: "torch" (fused operators), "reference" (the definition), or "auto", see `choose_backend`.
 
     Raises:
@@ -55,7 +59,9 @@ def attention(
         return _nothing(q, k, v)
     scale = q.shape[2] ** -0.5 if softmax_scale is None else softmax_scale
     if backend == "torch":
-        return pytorch.attention(q, k, v, batch, softmax_scale=scale, window=window, kv_head_of=heads)
+        return pytorch.attention(
+            q, k, v, batch, softmax_scale=scale, window=window, kv_head_of=heads, deterministic=deterministic
+        )
     if backend == "reference":
         return reference.attention(q, k, v, batch, softmax_scale=scale, window=window, kv_head_of=heads)
     raise unknown_backend(backend)

@@ -7,7 +7,9 @@ The operators know dense batches and a causal mask that starts at the first key,
 - a prompt chunk over cached keys: all of those without a mask, the chunk causally, and the merge of both. Time divided
   by one call with a mask, 16 / 4 heads of 64: 0.8 at 1024 tokens over 1024, 1.1 at 256 over 256, in float32 (one AMD
   EPYC core, November 2026);
-- a window: blocks of queries with the keys they can see and an additive mask, slices of one.
+- a window: blocks of queries with the keys they can see and an additive mask, slices of one. So is any causal prompt
+  that is to have the same bits in chunks: what a block computes does not depend on the rows after it, nor, but for its
+  keys, on those before.
 The operators give no gradient through `lse`. Where one is wanted through `out`, a chunk is served as a window that is
 never full; asking for one through `lse` is an error.
 """
@@ -54,6 +56,7 @@ def attention(
     softmax_scale: float,
     window: int | None,
     kv_head_of: tuple[int, ...],
+    deterministic: bool = False,
 ) -> tuple[Float[Tensor, "t h d"], Float[Tensor, "t h"]]:
     """Causal attention with `seqpar.kernels.attention.reference`'s meaning."""
     grad = wants_grad(q, k, v)
@@ -62,7 +65,7 @@ def attention(
             q, k, v, batch, softmax_scale=softmax_scale, window=window, kv_head_of=kv_head_of, in_place=not grad
         )
     else:
-        call = _Call(batch, softmax_scale, window, grad)
+        call = _Call(batch, softmax_scale, window, grad, deterministic)
         q = q if q.stride(2) == 1 else q.contiguous()
         k, v = _addressable(k), _addressable(v)
         groups, runs = _plan(batch, window, kv_head_of)
@@ -90,6 +93,7 @@ class _Call(NamedTuple):
     scale: float
     window: int | None
     grad: bool
+    deterministic: bool
 
 
 def _plan(
@@ -121,7 +125,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, group: Group, run: HeadRun, call: _
     shape = (group.requests, run.q_stop - run.q_start, group.q_len, q.shape[2])
     q = q.as_strided(shape, (group.q_len * token, head, token, 1), at)
     hidden = call.window is not None and call.window < group.kv_len
-    if hidden or (group.prefix and call.grad):
+    if hidden or call.deterministic or (group.prefix and call.grad):
         out, lse = _band(q, k, v, group.prefix, call)
     elif group.prefix:
         out, lse = _chunk(q, k, v, group.prefix, call.scale)
@@ -199,8 +203,15 @@ def _band(q: Tensor, k: Tensor, v: Tensor, prefix: int, call: _Call) -> Partial:
     for start in range(0, length, BAND_ROWS):
         stop = min(start + BAND_ROWS, length)
         first, last = max(0, prefix + start - before), prefix + stop
-        part = mask[: stop - start, before - (prefix + start - first) : before + stop - start]
-        out, lse = _fused(q[:, :, start:stop], k[:, :, first:last], v[:, :, first:last], call.scale, mask=part)
+        rows, keys = q[:, :, start:stop], slice(first, last)
+        if stop - start == 1:  # sees them all: as a decode, which is what a chunk of this token alone looks like
+            out, lse = _fused(
+                rows.reshape(len(q), k.shape[1], -1, q.shape[3]), k[:, :, keys], v[:, :, keys], call.scale
+            )
+            out, lse = out.reshape(rows.shape), lse.reshape(rows.shape[:3])
+        else:
+            part = mask[: stop - start, before - (prefix + start - first) : before + stop - start]
+            out, lse = _fused(rows, k[:, :, keys], v[:, :, keys], call.scale, mask=part)
         parts.append((out.transpose(1, 2), lse.transpose(1, 2)))  # rows outermost, as the result is to lie
     out, lse = _cat(parts, 1)
     return out.transpose(1, 2), lse.transpose(1, 2)
