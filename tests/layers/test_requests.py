@@ -16,7 +16,7 @@ from seqpar.ragged import RaggedBatch
 from tests.layers.reference import DecoderLayer, name_of, rope
 from tests.ranks import run_mesh
 
-DIM, LAYERS = 4, 3
+DIM, LAYERS = 4, 2
 Step = dict[str, int]
 
 # What two sets of requests do in one step after their prompts: decode, a prompt chunk beside decodes, or rest.

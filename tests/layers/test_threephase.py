@@ -14,6 +14,7 @@ from seqpar.kv import PagedKV
 from seqpar.layers import PipelinedUlysses, UlyssesAttention
 from seqpar.partition import HeadMap, Layout, even_ranges
 from seqpar.ragged import RaggedBatch
+from tests.comm.fakes import Clock
 from tests.kernels.own_errors import own_errors
 from tests.layers.reference import attend, name_of, rope, rotate
 from tests.ranks import run_mesh
@@ -231,6 +232,46 @@ def wired(mesh: comm.DeviceMesh) -> None:
 
 def test_wire_formats_apply_to_parts() -> None:
     run_mesh((1, 2), wired)
+
+
+class Costly(nn.Module):
+    """A norm that changes nothing and takes time for every head of every token: attention, as the clock sees it."""
+
+    def __init__(self, clock: Clock) -> None:
+        super().__init__()
+        self.clock = clock
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.clock.advance(float(x.shape[0] * x.shape[1]))
+        return x
+
+
+def timed(mesh: comm.DeviceMesh, rate: float) -> tuple[float, float]:
+    """Seconds of virtual time of the plain layer and of the pipeline, on a link of no latency.
+
+    On each of two ranks attention takes 8 tokens * 4 heads = 32 s; at a rate of one head of one token a second the
+    link takes 4 * (4 + 2 + 2) = 32 s for the ways in and 16 s for the ways back.
+    """
+    groups, seconds = comm.groups(mesh), []
+    for cls in (UlyssesAttention, PipelinedUlysses):
+        clock = Clock()
+        link = comm.SimulatedLink(0.0, rate * DIM * 4, clock=clock, sleep=clock.sleep)
+        core = cls(HeadMap(8, 4, *groups.layout), DIM, group=groups.sp, q_norm=Costly(clock))
+        with torch.no_grad(), link.on(groups.sp):
+            core(torch.randn(4, 16 * DIM), RaggedBatch.prefill([8]))
+        seconds.append(clock.now_s)
+    return seconds[0], seconds[1]
+
+
+def test_overlap_reaches_the_bound_in_virtual_time() -> None:
+    """4 parts, each 8 s of attention; ways in of 4 (K), 4 (Q), 4 (V), 4 (Q) tokens * heads, ways back of 4."""
+    cases = {
+        48 / 32: (64, 8 / 1.5 + 32 + 4 / 1.5),  # the first K and Q, all attention, the last way back
+        48 / 64: (96, 64),  # a slow link hides all attention but its own last part's: it is never idle
+        15.0: (32 + 3.2, 8 / 15 + 32 + 4 / 15),  # a fast one leaves its ends exposed alone
+    }
+    for rate, expected in cases.items():
+        assert run_mesh((1, 2), timed, rate) == [pytest.approx(expected)] * 2
 
 
 def broken(mesh: comm.DeviceMesh) -> None:
