@@ -46,7 +46,6 @@ class _Part(NamedTuple):
 
     columns: dict[Literal["q", "k", "v"], Columns]
     widths: tuple[int, ...]
-    num_heads: int
     kv_heads: Range
     kv_head_of: tuple[int, ...] | None
 
@@ -144,7 +143,7 @@ class PipelinedUlysses(UlyssesAttention):
             read = tuple(head - kv.start for head in kv_head_of[q.start : q.stop])
             scaled = {k: tuple(tuple(r.scale(dim) for r in rank) for rank in v) for k, v in columns.items()}
             widths = tuple(rank[index].q.size * dim for rank in peers)
-            found.append(_Part(scaled, widths, q.size, kv, None if uniform(read, kv.size) else read))
+            found.append(_Part(scaled, widths, kv, None if uniform(read, kv.size) else read))
         return tuple(found)
 
 
