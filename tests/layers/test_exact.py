@@ -131,7 +131,7 @@ def random_chunks(mesh: comm.DeviceMesh, dtype: torch.dtype, seed: int) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=name_of)
 def test_interleaved_chunks_are_the_chunks_in_turn(layout: tuple[int, int]) -> None:
-    for seed, dtype in enumerate([*DTYPES.values(), torch.float64] * 2):
+    for seed, dtype in enumerate([*DTYPES.values(), torch.float64, torch.float64]):
         run_mesh(layout, random_chunks, dtype, 10 * sum(layout) + seed)
 
 
@@ -204,7 +204,7 @@ UNDER_A_WINDOW = ((192, 65), (64, 128, 192), 33)
 @pytest.mark.parametrize(
     "case", [WHOLE_REQUESTS, INSIDE_A_REQUEST, UNDER_A_WINDOW], ids=["whole-requests", "inside", "windowed"]
 )
-@pytest.mark.parametrize("layout", LAYOUTS, ids=name_of)
+@pytest.mark.parametrize("layout", [(1, 1), (2, 1), (1, 2), (3, 1), (2, 2)], ids=name_of)
 def test_chunks_are_the_whole_batch_where_rows_and_sums_are_invariant(
     layout: tuple[int, int], case: Any, dtype: torch.dtype
 ) -> None:
