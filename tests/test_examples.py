@@ -53,3 +53,11 @@ def test_demo_checks_every_layout_of_four_ranks() -> None:
     done = torchrun(4, "examples/demo.py", "--new-tokens", "16", timeout_s=600)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("tokens equal to Transformers'") == 9
+
+
+def test_the_trace_of_two_chunks(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    done = torchrun(2, "examples/trace.py", str(tmp_path / "trace.png"), "--tokens", "128")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "overlap ratio" in done.stdout and "(simulated link)" in done.stdout
+    assert (tmp_path / "trace.png").read_bytes()[:4] == b"\x89PNG"

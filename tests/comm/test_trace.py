@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -297,12 +298,26 @@ def test_a_queued_transfer_knows_when_it_was_launched(tmp_path: Path) -> None:
 
 
 def test_the_picture(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
+    matplotlib = pytest.importorskip("matplotlib")
     world = World()
     with comm.trace(clock=world.clock) as t, world.link.on(world.group):
-        comm.interleave([world.program([(4, 8)] * 2, name) for name in "ab"])
+        comm.interleave([world.program([(4, 8), (4, 1)], f"layers.{name}.mlp.", marks=True) for name in (3, 7)])
     t.plot(tmp_path / "x.png")
     assert (tmp_path / "x.png").read_bytes()[:4] == b"\x89PNG"
+    with matplotlib.rc_context({"svg.fonttype": "none"}):  # so that its text can be read
+        t.plot(tmp_path / "x.svg", title="Two layers")
+    text = re.findall(r"<text[^>]*>([^<]*)</text>", (tmp_path / "x.svg").read_text())
+    assert {"Two layers (simulated link)", "rank 0  compute", "rank 0  comm", "program 0", "program 1"} <= set(text)
+    assert {" layer 3", " layer 7", "waiting", "all_to_all 0"} <= set(text)
+
+
+def test_the_picture_of_an_empty_trace_and_of_a_measured_one(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    world = World()
+    with comm.trace(clock=world.clock) as t:
+        t.plot(tmp_path / "empty.png")
+        comm.run(world.program([(4, 8)]))
+    t.plot(tmp_path / "x.svg")
 
 
 def test_the_innermost_trace_sees_and_an_error_leaves_it_whole() -> None:
