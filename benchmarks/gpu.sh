@@ -55,8 +55,9 @@ if wants tests; then
     -o filterwarnings=default --continue-on-collection-errors -rs --durations=10
 fi
 if wants overlap; then
-  for one in ghost schedules contention tax late; do
-    run 180 "overlap_$one" "$python" benchmarks/overlap_cuda.py $quick --only "$one" --json "$out/overlap_$one.json"
+  for one in ghost:60 schedules:180 contention:120 tax:100 late:60; do
+    name=${one%:*}
+    run "${one#*:}" "overlap_$name" "$python" benchmarks/overlap_cuda.py $quick --only "$name" --json "$out/overlap_$name.json"
   done
 fi
 if wants layers; then
