@@ -5,8 +5,9 @@ cached prefix, which tells apart what grows with tokens and what with keys. A ta
 has to know what a layer launches, and forgets what lies between.
 
 Ranks differ, and a wait of a fast one holds the slowness of another. So a slot's compute is that of the slowest rank,
-and its communication that of the rank which waited least. All ranks work this out from the same gathered numbers, and
-so hold the same costs to the last bit; any decision from them is the same everywhere.
+and its communication that of the rank which waited least. Of the rounds the fastest counts: other work on a machine
+only ever adds, and on a busy one medians of a few rounds were off by a factor of two. All ranks work this out from the
+same gathered numbers, and so hold the same costs to the last bit; any decision from them is the same everywhere.
 """
 
 from __future__ import annotations
@@ -60,7 +61,8 @@ def calibrate(
     """Measure what one of these layers costs, alike on every rank.
 
     Every rank of the layers' mesh calls it with the same arguments. Caches and inputs are its own; on a simulated link
-    in force, that link's times are measured. Medians over the rounds, in which all sizes take turns; means over layers.
+    in force, that link's times are measured. All sizes take turns in every round, of which the fastest counts; of the
+    layers, the mean.
 
     Args:
         layers: like layers; a few are closer to a whole stack than one whose weights stay in the processor's caches.
@@ -236,8 +238,8 @@ def _agreed(found: list[list[list[_Wait]]], group: ProcessGroup) -> list[list[Me
         return []
     mine = torch.tensor([[[wait[1:] for wait in waits] for waits in rounds] for rounds in found], dtype=torch.float64)
     everyone = comm.all_gather(_on_device(mine[None], group), group=group, label="calibrate").cpu()
-    compute = everyone[..., 0].median(dim=2).values.amax(dim=0)
-    waited = everyone[..., 1].amin(dim=0).median(dim=1).values
+    compute = everyone[..., 0].amin(dim=2).amax(dim=0)
+    waited = everyone[..., 1].amin(dim=(0, 2))
     return [list(zip(*both, strict=True)) for both in zip(compute.tolist(), waited.tolist(), strict=True)]
 
 
