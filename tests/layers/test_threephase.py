@@ -274,6 +274,32 @@ def test_overlap_reaches_the_bound_in_virtual_time() -> None:
         assert run_mesh((1, 2), timed, rate) == [pytest.approx(expected)] * 2
 
 
+def bits(mesh: comm.DeviceMesh, dtype: torch.dtype, window: int | None) -> None:
+    """Pieces of 64 tokens and more, without a cache and after a cached prefix, against the plain layer."""
+    groups = comm.groups(mesh)
+    heads = HeadMap(8, 4, *groups.layout)
+    both = [
+        UlyssesAttention(heads, 16, group=groups.sp, window=window),
+        PipelinedUlysses(heads, 16, group=groups.sp, head_groups=2, query_chunks=2, window=window),
+    ]
+    torch.manual_seed(4)
+    steps = [torch.randn(n, heads.width(0) * 16, dtype=dtype) for n in (256, 512)]
+    outs = []
+    for core in both:
+        kv = PagedKV(1, 4, 256, core.num_kv_heads, 16, dtype=dtype)
+        for qkv in steps:
+            mine = slice(*even_ranges(len(qkv), groups.sp.size())[groups.sp.rank()])
+            with torch.no_grad():
+                outs.append(core(qkv[mine], kv.batch(["a"], [len(qkv)]), kv=kv))
+    assert torch.equal(outs[0], outs[2]) and torch.equal(outs[1], outs[3])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+def test_same_bits_on_a_deterministic_mesh(dtype: torch.dtype) -> None:
+    run_mesh((1, 2), bits, dtype, None, deterministic=True)
+    run_mesh((1, 2), bits, dtype, 100, deterministic=True)
+
+
 def broken(mesh: comm.DeviceMesh) -> None:
     """An error midway, or a closed program, leaves nothing in flight: the group serves the next call."""
     groups = comm.groups(mesh)

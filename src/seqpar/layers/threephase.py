@@ -53,7 +53,8 @@ class _Part(NamedTuple):
 class PipelinedUlysses(UlyssesAttention):
     """`UlyssesAttention` whose exchanges hide under the attention of its own parts.
 
-    The result is that of `UlyssesAttention` up to the rounding of attention over other blocks of queries. Steps of few
+    The result is that of `UlyssesAttention` up to the rounding of attention over other blocks of queries; on a
+    deterministic mesh of CPUs it has the same bits where requests are cut at multiples of 64 tokens. Steps of few
     tokens, with a tail, or over a group of one run as they do there.
 
     Args:
@@ -217,11 +218,7 @@ class AttentionParts:
     def attend_steps(self, group: int, chunk: int) -> Steps[Tensor]:
         """Wait for a chunk's queries, and attend: [tokens of the chunk, heads of the group here * D]."""
         part, core = self.groups[group], self._core
-        options: dict[str, Any] = {
-            "softmax_scale": core.softmax_scale,
-            "window": core.window,
-            "kv_head_of": part.kv_head_of,
-        }
+        options = core._attention_options(part.kv_head_of)
         q = self._queries.pop((group, chunk), None)
         if q is None:
             q = yield from self._query_steps(group, chunk)

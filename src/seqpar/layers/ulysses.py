@@ -265,15 +265,19 @@ class UlyssesAttention(nn.Module):
         x = x if norm is None else norm(x)
         return x if cos is None or sin is None else rotary(x, cos, sin)
 
+    def _attention_options(self, kv_head_of: tuple[int, ...] | None) -> dict[str, Any]:
+        """What the kernel is to know, of heads that read their KV heads by `kv_head_of`."""
+        return {
+            "softmax_scale": self.softmax_scale,
+            "window": self.window,
+            "kv_head_of": kv_head_of,
+            "deterministic": comm.is_deterministic(self.exchanges[None].group),
+        }
+
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, batch: RaggedBatch, kv: PagedKV | None, tail: Tail | None
     ) -> Tensor:
-        options: dict[str, Any] = {
-            "softmax_scale": self.softmax_scale,
-            "window": self.window,
-            "kv_head_of": self.kv_head_of,
-            "deterministic": comm.is_deterministic(self.exchanges[None].group),
-        }
+        options = self._attention_options(self.kv_head_of)
         if kv is not None:
             kv.append(self.layer_index, k.detach(), v.detach(), batch)
         if batch.kv_lens == batch.q_lens:
