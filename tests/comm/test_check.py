@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch.distributed.distributed_c10d import _get_default_store
 from seqpar import comm
 from seqpar.comm import Mark, ProcessGroup
 from seqpar.hf import parallelize
-from seqpar.partition import Interleave, even_ranges
+from seqpar.partition import Interleave, ThreePhase, even_ranges
 from tests.hf.tiny import tiny_model
 from tests.kernels.own_errors import own_errors
 from tests.layers.reference import name_of
@@ -216,22 +217,23 @@ def test_what_agrees_runs_as_without(p: int) -> None:
     run_mesh((p, 1), checked)
 
 
-def generated(mesh: comm.DeviceMesh, overlap: Interleave) -> None:
+def generated(mesh: comm.DeviceMesh, options: dict[str, Any]) -> None:
     """Hugging Face's generate over interleaved stacks: the same logits, bit for bit."""
     ids = torch.arange(24).view(2, 12)
-    model = tiny_model("llama")
-    with parallelize(model, mesh, overlap=overlap):
-        options = {"max_new_tokens": 4, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
-        expected = model.generate(ids, **options)
+    model = tiny_model("llama", dtype=torch.float32)
+    with parallelize(model, mesh, overlap=Interleave(3, min_tokens=4), **options):
+        sampling = {"max_new_tokens": 4, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+        expected = model.generate(ids, **sampling)
         with comm.check():
-            out = model.generate(ids, **options)
+            out = model.generate(ids, **sampling)
     assert torch.equal(out.sequences, expected.sequences)
     assert all(map(torch.equal, out.logits, expected.logits))
 
 
 @pytest.mark.parametrize("layout", [(1, 1), (2, 1), (1, 2), (2, 2)], ids=name_of)
 def test_generation_runs_as_without(layout: tuple[int, int]) -> None:
-    run_mesh(layout, generated, Interleave(3, min_tokens=4))
+    run_mesh(layout, generated, {})
+    run_mesh(layout, generated, {"wire": "int8", "pipeline": ThreePhase(2, 2), "sequence_sharded": layout[0] > 1})
 
 
 def keys(mesh: comm.DeviceMesh) -> None:

@@ -14,7 +14,7 @@ from seqpar.comm import Interval, check_schedule
 from seqpar.hf import parallelize
 from seqpar.kv import PagedKV
 from seqpar.layers import ParallelDecoderLayer, name_modules
-from seqpar.partition import HeadMap, Interleave, even_ranges
+from seqpar.partition import HeadMap, Interleave, ThreePhase, even_ranges
 from tests.hf.tiny import tiny_model
 from tests.layers.reference import DecoderLayer, name_of, rope
 from tests.ranks import run_mesh
@@ -74,17 +74,39 @@ def test_interleaved_stacks_keep_every_edge(layout: tuple[int, int], n: int) -> 
     run_mesh(layout, passes, CUTS[n], 0)
 
 
-def generates(mesh: comm.DeviceMesh) -> None:
+def generates(mesh: comm.DeviceMesh, options: dict[str, Any]) -> None:
     """A prompt in chunks and decodes of one program each, in one trace."""
-    model = tiny_model("llama")
-    with parallelize(model, mesh, overlap=Interleave(3, min_tokens=4)), comm.trace() as t:
+    model = tiny_model("llama", dtype=torch.float32)
+    with parallelize(model, mesh, overlap=Interleave(3, min_tokens=4), **options), comm.trace() as t:
         model.generate(torch.arange(12)[None], max_new_tokens=4, do_sample=False)
     check_schedule(t.gather(group=comm.groups(mesh).flat))
 
 
 @pytest.mark.parametrize("layout", [(2, 1), (1, 2), (2, 2)], ids=name_of)
 def test_generation_keeps_every_edge(layout: tuple[int, int]) -> None:
-    run_mesh(layout, generates)
+    run_mesh(layout, generates, {})
+    run_mesh(layout, generates, {"wire": "int8", "pipeline": ThreePhase(2, 2), "sequence_sharded": layout[0] > 1})
+
+
+def unrelated(mesh: comm.DeviceMesh) -> None:
+    """Programs that need none of each other's appends may overtake."""
+    group = comm.groups(mesh).tp
+
+    def program(before: int) -> comm.Steps[None]:
+        for _ in range(before):
+            yield from comm.all_reduce_steps(torch.ones(3), group=group)
+        yield comm.Mark(0)
+        yield from comm.all_reduce_steps(torch.ones(3), group=group)
+
+    with comm.trace() as t:
+        comm.interleave([program(2), program(0)], ordered=False)
+    check_schedule(t, ordered=False)
+    with pytest.raises(AssertionError, match=r"attention after append: program 1 on rank \d must attend at Mark\(0\)"):
+        check_schedule(t)
+
+
+def test_programs_without_an_order_may_overtake() -> None:
+    run_mesh((2, 1), unrelated)
 
 
 def recorded(mesh: comm.DeviceMesh) -> list[Interval]:
