@@ -294,6 +294,19 @@ def refusals(mesh):
     assert counts.total.calls == 0
 
 
+def mixed(mesh):
+    group = comm.groups(mesh).sp
+    formats = ["int8", "fp8", None][: group.size()]
+    found = r"launched `all_reduce` of `mlp` \[4, 64\] (float8_e4m3fn|float32) at step 1"
+    with pytest.raises(ValueError, match=found), comm.check():
+        comm.all_reduce(rough(0, 4, 64), group=group, label="mlp", wire=formats[group.rank()])
+
+
+@pytest.mark.parametrize("p", [2, 3], ids="p={}".format)
+def test_ranks_in_different_formats_are_found_by_the_check(p):
+    run_mesh((1, p), mixed)
+
+
 def test_a_group_of_one_rounds_nothing_but_checks():
     run_mesh((1, 1), one_rank)
 

@@ -502,7 +502,7 @@ def _gather_parts(
             op,
             label,
             group,
-            lambda: group._allgather_base(out, part),
+            lambda: group._allgather_base(_as_bytes(out), _as_bytes(part)),
             lambda: unpack(out),
             (out, part),
             (p - 1) * part.numel() * part.itemsize,

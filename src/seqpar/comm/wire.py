@@ -32,7 +32,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from seqpar.kernels.quantize import GROUP, Wire, check_wire, decode, encode, encoded_width
+from seqpar.kernels.quantize import CODES, GROUP, Wire, check_wire, decode, encode, encoded_width
 
 __all__ = ["Code", "Wire", "check_wire"]
 
@@ -77,13 +77,14 @@ class Code(NamedTuple):
         flat = x.contiguous().view(-1)
         if self.wire is None:
             return flat
-        return encode(flat.view(-1, self.unit), self.wire, limit=self.dtype).view(-1)
+        rows = encode(flat.view(-1, self.unit), self.wire, limit=self.dtype)
+        return rows.view(-1).view(CODES[self.wire])  # so that ranks in different formats do not look alike
 
     def decode(self, flat: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """The numbers, flat."""
         if self.wire is None:
             return flat
-        rows = flat.view(-1, encoded_width(self.unit))
+        rows = flat.view(torch.uint8).view(-1, encoded_width(self.unit))
         return decode(rows, self.unit, dtype or self.dtype, self.wire).view(-1)
 
     def total(self, parts: Sequence[Tensor]) -> Tensor:

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from seqpar.kernels.dispatch import Backend, choose_backend, unknown_backend
 from seqpar.kernels.quantize import pytorch, reference
-from seqpar.kernels.quantize.reference import GROUP, Wire, encoded_width
+from seqpar.kernels.quantize.reference import CODES, GROUP, Wire, encoded_width
 
-__all__ = ["GROUP", "Wire", "check_wire", "decode", "encode", "encoded_width"]
+__all__ = ["CODES", "GROUP", "Wire", "check_wire", "decode", "encode", "encoded_width"]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
