@@ -9,6 +9,7 @@ from seqpar import comm
 from seqpar.comm import SimulatedLink
 from seqpar.kernels.quantize import decode, encode
 from seqpar.partition import even_ranges, even_split
+from tests.comm.fakes import FakeGroup
 from tests.kernels.own_errors import own_errors
 from tests.ranks import run_mesh
 
@@ -60,6 +61,9 @@ def sums(mesh, wire):
             assert torch.equal(out, want)
             (grad,) = torch.autograd.grad(out, x, torch.ones_like(out))
             assert torch.equal(grad, torch.ones_like(grad))
+    # A sum at the end of its dtype's range stays in it
+    x = torch.full((1, 64), 65504.0 * (rank == 0)).half()
+    assert comm.all_reduce(x, group=group, wire=wire).isfinite().all()
     # A row's result is its own, whatever travels with it; also where rows are shared out by groups
     parts = [rough(r, 40, 256) for r in range(p)]
     whole = comm.all_reduce(parts[rank], group=group, wire=wire)
@@ -208,6 +212,17 @@ def traffic(mesh, wire):
 @pytest.mark.parametrize("p", [2, 4], ids="p={}".format)
 def test_what_travels_is_counted_and_a_link_carries_it(p):
     run_mesh((1, p), traffic, "int8")
+
+
+def test_a_link_of_more_ranks_than_there_are_carries_the_bytes_of_the_format():
+    """For rank 0 of eight: two steps of an all-reduce, and a reduce-scatter."""
+    group, x, booked = FakeGroup(size=1), torch.zeros(64, 128), []
+    link = SimulatedLink(0.0, 1e12, ranks=8)
+    link.book = lambda num_bytes: booked.append(num_bytes) or (0.0, 0.0)
+    with link.on(group):
+        assert comm.all_reduce(x, group=group, wire="int8") is x
+        assert comm.reduce_scatter(x, group=group, wire="fp8") is x
+    assert booked == [56 * 132] * 3
 
 
 def phases(mesh):

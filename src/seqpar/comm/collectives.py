@@ -315,7 +315,7 @@ def send_recv_async(
 
 
 def _alone(op: str, label: str, group: ProcessGroup, x: Tensor, elements: int, code: Code | None = None) -> Handle:
-    """A collective of one rank, whose link may have it take the time of sending `elements`."""
+    """A collective of one rank, whose link may have it take the time of sending `elements`, encoded by `code`."""
     num_bytes = elements * x.itemsize if code is None else code.num_bytes(elements)
     flight = depart(op, label, group, x, num_bytes, x.shape) if ranks_of(group) > 1 else None
     return Handle.finished(op, label, group, x, flight)
