@@ -62,9 +62,11 @@ def sums(mesh, wire):
             (grad,) = torch.autograd.grad(out, x, torch.ones_like(out))
             assert torch.equal(grad, torch.ones_like(grad))
     # A sum at the end of its dtype's range stays in it
-    for first in (65504.0, 40000.0):
+    for first in (65504.0, 40000.0) if wire == "int8" else (65504.0,):
         x = torch.full((1, 64), [first, 65504.0 - first, 0.0, 0.0][rank]).half()
         assert comm.all_reduce(x, group=group, wire=wire).isfinite().all()
+    x = torch.full((1, 64), 40000.0).half()
+    assert not comm.all_reduce(x, group=group, wire=wire).isfinite().any()
     # A row's result is its own, whatever travels with it; also where rows are shared out by groups
     parts = [rough(r, 40, 256) for r in range(p)]
     whole = comm.all_reduce(parts[rank], group=group, wire=wire)

@@ -112,6 +112,7 @@ def test_limits_keep_numbers_in_the_range_of_another_dtype(wire: str) -> None:
     """Sums are encoded from float32 and decoded to their own dtype."""
     x = torch.full((1, 64), 65504.0)
     assert decode(encode(x, wire, limit=torch.float16), 64, torch.float16, wire).isfinite().all()
+    assert decode(encode(x + 100, wire, limit=torch.float16), 64, torch.float32, wire).isnan().all()
 
 
 @every

@@ -36,7 +36,7 @@ def encode(
     Args:
         x: the rows.
         wire: the format.
-        limit: the dtype in whose range the numbers must stay; by default that of `x`.
+        limit: the dtype in whose range the numbers stay, larger ones being infinite; by default that of `x`.
         backend: which implementation.
 
     Raises:

@@ -75,8 +75,8 @@ def scales(
 ) -> tuple[BFloat16[Tensor, "*groups"], Float[Tensor, "*groups"]]:
     """What a code of 1 stands for, and what to multiply numbers by to get codes, given the groups' largest magnitudes.
 
-    The scale is NaN where these are not finite. It is never below float32's smallest normal number, so that its inverse
-    is finite, and never so large that the largest code would stand for an infinity in the dtype `limit`.
+    The scale is NaN where these are not finite in the dtype `limit`. It is never below float32's smallest normal
+    number, so that its inverse is finite, and never so large that the largest code would stand for an infinity there.
     """
     most, tiny = LARGEST[wire], torch.finfo(torch.float32).tiny
     largest = largest.float().clamp(min=tiny)
@@ -84,7 +84,7 @@ def scales(
     # A scale that was rounded down gives codes of up to `most` * (1 + 2**-8), which still round to `most`; one that was
     # limited would give larger ones.
     inverse = torch.minimum(scale.float().reciprocal(), most * (1 + 2**-8) / largest)
-    return scale.masked_fill(~largest.isfinite(), torch.nan), inverse
+    return scale.masked_fill(~(largest <= torch.finfo(limit).max), torch.nan), inverse
 
 
 @lru_cache
