@@ -185,11 +185,12 @@ def quiet() -> Iterator[None]:
 
 
 def two_ranks(text: Tensor, prompts: Any, new_tokens: int, windows: Tensor) -> tuple[Any, ...]:
+    ratios = bytes_of_faces(2048, 4096)
     errors = [*errors_on_activations(2, 1, text), *errors_on_activations(1, 2, text)]
     found = [
         quality(*layout, wire, prompts, new_tokens, windows) for layout in ((2, 1), (1, 2)) for wire in (None, *FORMATS)
     ]
-    return bytes_of_faces(2048, 4096), errors, found
+    return ratios, errors, found
 
 
 def four_ranks(text: Tensor) -> tuple[Any, ...]:

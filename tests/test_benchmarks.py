@@ -122,3 +122,19 @@ def test_overlap_cuda_prints_nothing_over_chunks_that_differ(tmp_path: Path) -> 
     ran = overlap_on_a_cpu(script, "--only", "schedules")
     assert ran.returncode == 1 and not ran.stdout
     assert "WRONG RESULT: schedules: 32 tokens in 2 chunks: interleaved differs" in ran.stderr
+
+
+@pytest.mark.slow
+def test_a_wire_format_above_its_bound_prints_no_numbers(tmp_path: Path) -> None:
+    script = tmp_path / "benchmarks" / "wire.py"
+    script.parent.mkdir()
+    right = (BENCHMARKS / "wire.py").read_text()
+    wrong = right.replace('"int8": 1 / 253', '"int8": 1 / 25300')
+    assert wrong != right
+    script.write_text(wrong)
+    (script.parent / "common.py").write_text((BENCHMARKS / "common.py").read_text())
+    (tmp_path / "examples").symlink_to(BENCHMARKS.parent / "examples")
+    ran = subprocess.run([sys.executable, script, "--quick"], capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 1
+    assert "WRONG RESULT" in ran.stderr and "int8 on 2 ranks: error above the stated bound" in ran.stderr
+    assert "bytes" not in ran.stdout

@@ -9,7 +9,7 @@ import torch
 
 from seqpar import comm
 from seqpar.hf import load, parallelize
-from seqpar.partition import Interleave
+from seqpar.partition import Interleave, ThreePhase
 from tests.hf.tiny import prompts, tiny_model
 from tests.kernels.own_errors import own_errors
 from tests.layers.reference import name_of
@@ -32,10 +32,10 @@ def logits(mesh: comm.DeviceMesh, **options: Any) -> tuple[torch.Tensor, comm.Re
 
 def near(mesh: comm.DeviceMesh, sequence_sharded: bool) -> None:
     plain, exact = logits(mesh, sequence_sharded=sequence_sharded)
-    for overlap in ("off", Interleave(2, min_tokens=4)):
-        coded, counts = logits(mesh, sequence_sharded=sequence_sharded, overlap=overlap, wire="int8")
+    for schedule in ({}, {"overlap": Interleave(2, min_tokens=4)}, {"pipeline": ThreePhase(min_tokens=4)}):
+        coded, counts = logits(mesh, sequence_sharded=sequence_sharded, wire="int8", **schedule)
         assert 1e-4 < (coded - plain).norm() / plain.norm() < 0.05
-        if overlap == "off":
+        if not schedule:
             for (op, label), count in counts.counts.items():
                 before = exact.counts[op, label]
                 assert count == before if ".layers." not in label else count.num_bytes < 0.5 * before.num_bytes, label
