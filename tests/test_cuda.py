@@ -145,6 +145,17 @@ def test_a_handle_waited_for_on_another_stream_keeps_its_memory(mesh: comm.Devic
     assert total.item() == 3.0 * (1 << 22)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("wire", ["int8", "fp8"])
+def test_wire_formats_are_those_of_a_cpu(wire: Wire, dtype: torch.dtype) -> None:
+    """Byte for byte, but for a code in a thousand where a quotient rounds the other way."""
+    torch.manual_seed(5)
+    x = torch.randn(33, 200).to(dtype)
+    there, here = encode(x.to("cuda"), wire), encode(x, wire)
+    assert (there.cpu() != here).double().mean() <= 1e-3
+    assert torch.equal(decode(here.to("cuda"), 200, dtype, wire).cpu(), decode(here, 200, dtype, wire))
+
+
 # Collectives and schedules: on another stream, in a graph, under the sanitizer.
 
 
