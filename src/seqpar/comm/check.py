@@ -111,6 +111,7 @@ class Checker:
     """What one `check()` context knows; every launch in it passes `launch`."""
 
     def __init__(self, timeout_s: float) -> None:
+        # Private, but torch has no other way to the store that its process groups were made with.
         store, self._rank = _get_default_store(), dist.get_rank()
         entry = store.add(f"seqpar.check/{self._rank}", 1)  # ranks enter equally often, so this names the context
         self._store = PrefixStore(f"seqpar.check/{entry}", store)
