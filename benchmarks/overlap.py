@@ -26,6 +26,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -118,7 +119,7 @@ class Stack:
 
     def programs(self, cuts: Sequence[int]) -> list[Steps[Tensor]]:
         bounds = [0, *cuts, len(self.x)]
-        spans = [slice(a, b) for a, b in zip(bounds, bounds[1:], strict=False)]
+        spans = [slice(a, b) for a, b in pairwise(bounds)]
         parts = self.batch.split(cuts) if cuts else (self.batch,)
         return [self.steps(span, part) for span, part in zip(spans, parts, strict=True)]
 

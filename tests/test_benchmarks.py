@@ -76,6 +76,32 @@ def test_the_bound_of_a_pipeline_by_hand(common) -> None:
     assert (found.of_all, found.of_bound, found.interval) == (6 / 8, 6 / 7, (6 / 7, 6 / 7))
 
 
+@pytest.fixture
+def overlap(common, monkeypatch: pytest.MonkeyPatch):
+    import overlap
+
+    return overlap
+
+
+@pytest.mark.parametrize("share", [0.15, 0.5, 0.65])
+def test_a_link_makes_communication_the_share_asked_for(overlap, share: float) -> None:
+    serial = [[overlap.Segment(0.3, 4096), overlap.Segment(0.5, 8192), overlap.Segment(0.2, None)]]
+    link = overlap.link_for(serial, share)
+    replayed = overlap.replay(serial, link)
+    assert replayed == pytest.approx(1.0 / (1 - share))
+    assert sum(slot.comm_s for slot in overlap.slots(serial, link)[0]) == pytest.approx(share * replayed)
+
+
+def test_efficiency_and_regret_are_of_the_replayed_segments(overlap) -> None:
+    outcome = overlap.Outcome(
+        1024, 0.5, (512,), "", 2.0, 1.0, 1.0, {"n=1": 2.0, "n=2": 1.05, "n=4": 1.0, "auto": 1.05}, 1.05, {}, 0.0
+    )
+    rows = {row.name.split(": ")[1]: row for row in overlap.rows_of([outcome], {"1gbit": "no such namespace"})}
+    assert rows["efficiency, replay"].value == pytest.approx(0.95) and rows["efficiency, replay"].ok
+    assert rows["regret of auto"].value == pytest.approx(0.05) and not rows["regret of auto"].ok
+    assert rows["chunks chosen"].value == 2
+
+
 @pytest.mark.slow
 def test_a_wrong_result_prints_no_numbers(tmp_path: Path) -> None:
     """The benchmark itself, with a contender that forgets the residual."""
