@@ -76,6 +76,10 @@ def watched(mesh: comm.DeviceMesh) -> None:
             torch.testing.assert_close(model(**given, logits_to_keep=1).logits, plain, rtol=1e-12, atol=1e-12)
             hook.remove()
             assert shapes == [19]
+        if comm.groups(mesh).flat.rank() == 1:  # on one rank alone: all compute all
+            hook = last.register_forward_hook(lambda *_: None)
+        torch.testing.assert_close(model(**given, logits_to_keep=1).logits, plain, rtol=1e-12, atol=1e-12)
+        hook.remove()
         for options, whole in (
             ({"logits_to_keep": 1}, False),
             ({}, True),
@@ -92,17 +96,26 @@ def test_hooks_hidden_states_and_losses_see_every_row() -> None:
     run_mesh((2, 1), watched)
 
 
-def sharded(mesh: comm.DeviceMesh) -> None:
-    """Activations sequence-sharded over tp: the last layer computes all rows, with the same result."""
-    model, oracle, given = tiny_model("qwen3"), exact_norms(tiny_model("qwen3")), inputs("left")
-    with parallelize(model, mesh, sequence_sharded=True), torch.no_grad(), comm.record() as sent:
-        out = model(**given, logits_to_keep=1).logits
-        torch.testing.assert_close(out, oracle(**given, logits_to_keep=1).logits, rtol=1e-9, atol=1e-9)
-    assert len(set(bytes_of_layers(sent))) == 1
+def sharded(mesh: comm.DeviceMesh, overlap: Any) -> None:
+    """Activations sequence-sharded over tp: rows stay with the ranks that hold them, and all come out in order."""
+    model, oracle = tiny_model("qwen3"), exact_norms(tiny_model("qwen3"))
+    with parallelize(model, mesh, sequence_sharded=True, overlap=overlap), torch.no_grad():
+        for side in ("left", "right"):
+            given = inputs(side)
+            for keep in (1, torch.tensor([7, 2])):
+                with comm.record() as sent:
+                    out = model(**given, logits_to_keep=keep)
+                seen = given["attention_mask"].bool()[:, slice(-keep, None) if isinstance(keep, int) else keep]
+                expected = oracle(**given, logits_to_keep=keep).logits
+                torch.testing.assert_close(out.logits[seen], expected[seen], rtol=1e-9, atol=1e-9)
+        first, second, third = bytes_of_layers(sent)
+        assert third < second == first or overlap != "off"
 
 
-def test_sequence_sharded_activations_are_computed_whole() -> None:
-    run_mesh((2, 1), sharded)
+@pytest.mark.parametrize("layout", [(2, 1), (3, 1), (2, 2)], ids=name_of)
+def test_sequence_sharded_activations(layout: tuple[int, int]) -> None:
+    run_mesh(layout, sharded, "off")
+    run_mesh(layout, sharded, Interleave(3, min_tokens=4))
 
 
 def pipelined(mesh: comm.DeviceMesh) -> None:

@@ -33,22 +33,25 @@ def build(mesh: comm.DeviceMesh, window: int | None = None, **options: bool) -> 
     return layer
 
 
-def mine_of(mesh: comm.DeviceMesh, total: int) -> slice:
+def mine_of(mesh: comm.DeviceMesh, total: int, sequence_sharded: bool = False) -> slice:
     """This rank's rows of all tokens."""
-    sp = comm.groups(mesh).sp
-    return slice(*even_ranges(total, sp.size())[sp.rank()])
+    sp, tp = comm.groups(mesh).sp, comm.groups(mesh).tp
+    mine = even_ranges(total, sp.size())[sp.rank()]
+    if sequence_sharded:
+        mine = even_ranges(mine.size, tp.size())[tp.rank()].shift(mine.start)
+    return slice(*mine)
 
 
-def cached(mesh: comm.DeviceMesh, window: int | None) -> None:
+def cached(mesh: comm.DeviceMesh, window: int | None, sequence_sharded: bool) -> None:
     """Steps over a cache, each computed whole and with every choice of rows."""
-    layer = build(mesh, window)
+    layer = build(mesh, window, sequence_sharded=sequence_sharded)
     core = layer.self_attn.core
     caches = [PagedKV(1, 12, PAGE, core.num_kv_heads, HEAD_DIM, dtype=torch.float64, device="cpu") for _ in range(2)]
     torch.manual_seed(1)
     for q_lens in STEPS:
         whole, other = (kv.batch([0, 1, 2], q_lens) for kv in caches)
         x, (cos, sin) = torch.randn(sum(q_lens), 11).double(), rope(whole.positions, HEAD_DIM)
-        mine = mine_of(mesh, len(x))
+        mine = mine_of(mesh, len(x), sequence_sharded)
         with torch.no_grad():
             expected = layer(x[mine], whole, cos, sin, caches[0])
             for rows in ROWS:
@@ -63,18 +66,19 @@ def cached(mesh: comm.DeviceMesh, window: int | None) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=name_of)
 def test_rows_and_cache_are_those_of_the_whole_batch(layout: tuple[int, int]) -> None:
-    run_mesh(layout, cached, None)
-    run_mesh(layout, cached, 3)
+    run_mesh(layout, cached, None, layout[0] > 1)
+    run_mesh(layout, cached, 3, False)
 
 
-def given_keys(mesh: comm.DeviceMesh, seed: int) -> None:
+def given_keys(mesh: comm.DeviceMesh, seed: int, sequence_sharded: bool) -> None:
     """Whole prompts without a cache: outputs and all gradients of random rows."""
     draw = random.Random(seed)
     q_lens = [draw.randint(0, 5) for _ in range(4)] + [1]
     batch = RaggedBatch.prefill(q_lens, device="cpu")
     total = sum(q_lens)
     tail = batch.tail(draw.sample(range(total), draw.randint(1, min(3, total))))
-    layer, mine, (cos, sin) = build(mesh), mine_of(mesh, total), rope(batch.positions, HEAD_DIM)
+    layer, mine = build(mesh, sequence_sharded=sequence_sharded), mine_of(mesh, total, sequence_sharded)
+    cos, sin = rope(batch.positions, HEAD_DIM)
     torch.manual_seed(seed)
     x, weights = torch.randn(total, 11).double(), torch.randn(total, 11).double()
     kept = list(tail.within(mine.start, mine.stop))
@@ -95,7 +99,7 @@ def given_keys(mesh: comm.DeviceMesh, seed: int) -> None:
 @pytest.mark.parametrize("layout", [(1, 1), (2, 1), (1, 2), (1, 3), (2, 2)], ids=name_of)
 def test_gradients_of_some_rows(layout: tuple[int, int]) -> None:
     for seed in range(3):
-        run_mesh(layout, given_keys, seed)
+        run_mesh(layout, given_keys, seed, bool(seed % 2))
 
 
 def sent(mesh: comm.DeviceMesh, rows: list[int] | None) -> dict[tuple[str, str], tuple[int, int]]:
@@ -141,15 +145,12 @@ def test_without_rows_a_layer_ends_with_its_append() -> None:
 
 def refusals(mesh: comm.DeviceMesh) -> None:
     batch = RaggedBatch.prefill([4], device="cpu")
-    x, layer, sharded = torch.ones(4, 11).double(), build(mesh), build(mesh, sequence_sharded=True)
-    assert layer.takes_tail() and not sharded.takes_tail()
+    x, layer = torch.ones(4, 11).double(), build(mesh)
     with own_errors(), comm.record() as recorder:
         with pytest.raises(ValueError, match=r"`rows` must lie in \[0, 4\), got 4"):
             batch.tail([1, 4])
         with pytest.raises(ValueError, match="`tail` must be of this `batch`, got another's"):
             layer(x, batch, tail=RaggedBatch.prefill([4], device="cpu").tail([3]))
-        with pytest.raises(ValueError, match="`tail` must be None where activations are sequence-sharded, got one"):
-            sharded(x[:2], batch, tail=batch.tail([3]))
     assert not recorder.counts
     for part in (layer, layer.self_attn.core, layer.mlp.down_proj, layer.post_attention_layernorm):
         hook = part.register_forward_hook(lambda *_: None)

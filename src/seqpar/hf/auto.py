@@ -76,14 +76,17 @@ class AutoOverlap:
             group: all ranks.
             last_rows: rows that are wanted of the last layer, where it leaves out the others.
 
-        Comm:  when it measures.
+        Comm:  three integers of each rank above the gate; more when it measures.
         """
         total = sum(q_lens)
         if total < self.min_tokens or max(q_lens) == 1:
             return ()
-        self._whole = next(called_whole(layers, "layers"), None)
-        if self._whole is not None:  # nothing of it would overlap, and measuring would call its hooks
+        try:
+            comm.agree(next(called_whole(layers, "layers"), None), group=group)  # hooks may be on one rank alone
+        except ValueError as error:  # nothing of it would overlap, and measuring would call its hooks
+            self._whole = str(error)
             return ()
+        self._whole = None
         if min(total, _LARGEST) > 2 * self._reaches:
             self.costs = self._measure(layers, min(total, _LARGEST), group)
             self._decided.clear()

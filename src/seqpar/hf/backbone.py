@@ -26,7 +26,7 @@ from seqpar.hf.cache import CacheSpec, CacheStore, ParallelCache, store_of
 from seqpar.hf.padding import Padding, check_windows
 from seqpar.kv import PagedKV
 from seqpar.layers import ParallelDecoderLayer, ParallelLMHead, gather_rows_steps
-from seqpar.partition import HeadMap, Interleave, even_ranges, even_split
+from seqpar.partition import HeadMap, Interleave, even_ranges
 from seqpar.ragged import RaggedBatch, Tail
 
 __all__ = ["KEEP", "LMHead", "ParallelBackbone"]
@@ -45,6 +45,7 @@ class _Plan(NamedTuple):
     kv: PagedKV | None = None
     cache: Cache | None = None
     cuts: tuple[int, ...] = ()
+    has_tail: bool = False
 
 
 class _Chunk(NamedTuple):
@@ -158,14 +159,13 @@ class ParallelBackbone(nn.Module):
         keep = kwargs.pop(KEEP, 0)
         wanted = self._wanted(kwargs.pop("output_hidden_states", self.config.output_hidden_states))
         self._check_options(kwargs)
-        some = wanted is None and self._takes_tail()
         inputs = (input_ids, inputs_embeds, attention_mask, position_ids, past_key_values, use_cache)
-        plan = self._plan(*inputs, keep if some else 0)
+        plan = self._plan(*inputs, keep if wanted is None else 0)
         tokens = plan.padding.pack(inputs_embeds if input_ids is None else input_ids)  # type: ignore[arg-type]
         everything = plan.padding.all_rows(tokens.device)
         selection = plan.padding.select(keep, tokens.device) if wanted is None else everything
         cos, sin = self._rope(plan)
-        chunks = _chunks(plan.batch, plan.cuts, selection.rows if some else None)
+        chunks = _chunks(plan.batch, plan.cuts, selection.rows if plan.has_tail else None)
         outputs = yield from comm.interleave_steps(
             [
                 self.stack_steps(tokens[rows], part, cos[rows], sin[rows], plan.kv, keep_inputs=wanted or (), tail=tail)
@@ -253,7 +253,9 @@ class ParallelBackbone(nn.Module):
         layout, tail = self.groups.layout, chunk.tail
         slices = even_ranges(chunk.batch.num_tokens, layout.sp)
         if self.sequence_sharded:
-            sizes = even_split(slices[self.groups.sp.rank()].size, layout.tp)
+            mine = slices[self.groups.sp.rank()]
+            shares = [share.shift(mine.start) for share in even_ranges(mine.size, layout.tp)]
+            sizes = [share.size if tail is None else len(tail.within(*share)) for share in shares]
             x = yield from comm.all_gather_steps(
                 x, group=self.groups.tp, sizes=sizes, grad="replicate", label=self.label
             )
@@ -266,9 +268,14 @@ class ParallelBackbone(nn.Module):
         )
 
     def _takes_tail(self) -> bool:
-        """Whether the last layer may leave out rows that nobody asked for, and no hook on the norm would miss them."""
+        """Whether the last layer may leave out rows that nobody asked for, and no hook on the norm would miss them.
+
+        Comm:  a byte of each rank, since a hook may be on one rank alone.
+        """
         last = self.layers[-1] if len(self.layers) else None
-        return isinstance(last, ParallelDecoderLayer) and last.takes_tail() and not comm.is_wrapped(self.norm)
+        mine = isinstance(last, ParallelDecoderLayer) and last.takes_tail() and not comm.is_wrapped(self.norm)
+        takes = torch.tensor([mine], device=next(self.parameters()).device)
+        return bool(comm.all_gather(takes, group=self.groups.flat, label="agree").all())
 
     def _rope(self, plan: _Plan) -> tuple[Float[Tensor, "t d"], Float[Tensor, "t d"]]:
         """Tables of the batch's tokens, worked out over the padded positions as Transformers does."""
@@ -306,14 +313,16 @@ class ParallelBackbone(nn.Module):
         if store is None and position_ids is not None and attention_mask is None:
             padding = Padding.packed(shape, places.expand(shape))
         positions = padding.pack(places.expand(shape))
+        has_tail = padding.select(keep, torch.device("cpu")).rows is not None and self._takes_tail()
+        keep = keep if has_tail else 0
         cuts = () if gradients else self._cuts(padding, store, keep)  # gradients do not flow through a cache
         if store is None and not cuts:
             batch = RaggedBatch.build(padding.q_lens, padding.q_lens, positions=positions, device=device)
-            return _Plan(padding, batch, places)
+            return _Plan(padding, batch, places, has_tail=has_tail)
         # Chunks see each other's keys in a cache, if only for one step.
         store = CacheStore() if store is None else store
         kv, batch = store.begin(padding, positions, self.cache_spec())
-        return _Plan(padding, batch, places, store, kv, past_key_values, cuts)
+        return _Plan(padding, batch, places, store, kv, past_key_values, cuts, has_tail)
 
     def _wants_gradients(self, inputs_embeds: Tensor | None) -> bool:
         """Whether a `backward` may follow; it could not reach the tokens of earlier steps."""
@@ -333,12 +342,14 @@ class ParallelBackbone(nn.Module):
             wanted = len(rows) if rows else None
             return self.overlap.cuts_of(padding.q_lens, cached, self.layers, group=self.groups.flat, last_rows=wanted)
         cuts = self.overlap.cuts_of(padding.num_tokens)
-        whole = next(called_whole(self.layers, "layers"), None) if cuts else None
-        if whole is not None:
-            raise ValueError(
-                f'`overlap` must be "off" while a layer is called as a whole, got hooks or a wrapper on `{whole}`; '
-                "remove them, or parallelize without overlap"
-            )
+        if not cuts:
+            return ()
+        whole = next(called_whole(self.layers, "layers"), None)
+        refusal = (
+            f'`overlap` must be "off" while a layer is called as a whole, got hooks or a wrapper on `{whole}`; '
+            "remove them, or parallelize without overlap"
+        )
+        comm.agree(whole and refusal, group=self.groups.flat)  # they may be on one rank alone
         return cuts
 
     def cache_spec(self) -> CacheSpec:

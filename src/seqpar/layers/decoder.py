@@ -131,8 +131,6 @@ class ParallelAttention(nn.Module):
         """See `forward`; yields where its parts do."""
         if layout not in self.tp_groups:
             raise ValueError(f"`layout` must be one that was added, got {layout}; see add_layout")
-        if tail is not None and self.sequence_sharded:
-            raise _sharded_tail()
         options = given(layout=layout)
         x = yield from enter_steps(
             x,
@@ -146,6 +144,8 @@ class ParallelAttention(nn.Module):
         out = yield from comm.call(self.core, qkv, batch, cos, sin, kv, **options, **given(tail=tail))
         if tail is not None and not tail.rows:
             return x[:0]
+        if tail is not None and self.sequence_sharded:
+            options["num_tokens"] = self._held(tail, layout)
         projected: Tensor = yield from comm.call(self.o_proj, out, **options)
         return projected
 
@@ -167,6 +167,12 @@ class ParallelAttention(nn.Module):
         Comm:  two all-to-alls over `sp` and one all-reduce over `tp`.
         """
         return comm.run(self.steps(x, batch, cos, sin, kv, layout=layout, num_tokens=num_tokens, tail=tail))
+
+    def _held(self, tail: Tail, layout: Layout | None) -> tuple[int, ...]:
+        """How many rows of a tail each tensor-parallel rank holds when sequence-sharded."""
+        seq = self.core.exchanges[layout].group
+        mine = even_ranges(tail.whole.num_tokens, seq.size())[seq.rank()]
+        return _rows_of(tail, mine, self.tp_groups[layout].size())
 
 
 class ParallelDecoderLayer(nn.Module):
@@ -256,13 +262,16 @@ class ParallelDecoderLayer(nn.Module):
     ) -> Steps[Float[Tensor, "t_out m"]]:
         """See `forward`; yields where its parts do."""
         tokens = self._check(x, batch, layout)
-        if tail is not None and self.sequence_sharded:
-            raise _sharded_tail()
         options: dict[str, Any] = given(layout=layout, num_tokens=tokens.size if self.sequence_sharded else None)
         normed = yield from comm.call(self.input_layernorm, x)
         attended = yield from comm.call(self.self_attn, normed, batch, cos, sin, kv, **options, **given(tail=tail))
         if tail is not None:
-            x = tail.take(x, tokens.start)
+            start = tokens.start
+            if self.sequence_sharded:
+                place = self.ranks[layout]
+                start += even_ranges(tokens.size, place.layout.tp)[place.tp_rank].start
+                options["num_tokens"] = _rows_of(tail, tokens, place.layout.tp)
+            x = tail.take(x, start)
             if not tail.rows:
                 return x
         x = x + attended
@@ -301,8 +310,7 @@ class ParallelDecoderLayer(nn.Module):
                 and values. A rank computes those that it holds; some ranks may have none.
 
         Raises:
-            ValueError: a number of tokens that is not this rank's share of the batch; a tail of sequence-sharded
-                activations, whose rows lie on other ranks than their sums.
+            ValueError: a number of tokens that is not this rank's share of the batch, or another batch's tail.
         """
         return comm.run(self.steps(x, batch, cos, sin, kv, layout=layout, tail=tail))
 
@@ -310,8 +318,7 @@ class ParallelDecoderLayer(nn.Module):
         """Whether `steps` may be given a `tail`: no hook and no part of another's would miss the other rows."""
         attention = self.self_attn
         return (
-            not self.sequence_sharded
-            and isinstance(attention, ParallelAttention)
+            isinstance(attention, ParallelAttention)
             and isinstance(attention.core, UlyssesAttention)
             and all(comm.splits(part) for part in (self, attention, attention.core, self.mlp))
             and not any(comm.is_wrapped(module) for module in self.modules())
@@ -343,8 +350,9 @@ class _Place(NamedTuple):
         return cls(groups.layout, groups.tp.rank(), groups.sp.rank())
 
 
-def _sharded_tail() -> ValueError:
-    return ValueError("`tail` must be None where activations are sequence-sharded, got one; compute all rows")
+def _rows_of(tail: Tail, tokens: Range, tp: int) -> tuple[int, ...]:
+    """How many rows of a tail each of `tp` ranks holds, which share these tokens out."""
+    return tuple(len(tail.within(*share.shift(tokens.start))) for share in even_ranges(tokens.size, tp))
 
 
 def _child(module: nn.Module, name: str) -> nn.Module:

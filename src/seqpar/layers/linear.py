@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Literal, NamedTuple, TypeVar
+from typing import Literal, NamedTuple, TypeAlias, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -30,6 +30,10 @@ __all__ = ["ColumnParallelLinear", "GateUpParallelLinear", "QKVParallelLinear", 
 
 
 Sharded = TypeVar("Sharded", bound="_ShardedLinear")
+
+
+Tokens: TypeAlias = int | tuple[int, ...]
+"""T tokens, shared out by `even_split`, or how many each rank holds."""
 
 
 class Shard(NamedTuple):
@@ -181,13 +185,13 @@ def enter_steps(
     *,
     group: ProcessGroup,
     sequence_sharded: bool,
-    num_tokens: int | None,
+    num_tokens: Tokens | None,
     label: str,
     wire: Wire | None = None,
 ) -> Steps[Float[Tensor, "t_all m"]]:
     """Make activations ready for products with sharded rows: gather them, or take them as they are.
 
-    In:    x[T, M], replicated over the group; x[T/p, M] by `even_split` when sequence-sharded.
+    In:    x[T, M], replicated over the group; x[T/p, M] by `even_split` when sequence-sharded, or by `num_tokens`.
     Out:   [T, M], replicated.
     Grad:  partial; all-reduced, or reduce-scattered, to the placement of `x`.
 
@@ -201,7 +205,7 @@ def enter_steps(
             "`num_tokens` must be given to a sequence-sharded layer, got None; a rank cannot know how many tokens the "
             "others hold"
         )
-    sizes = even_split(num_tokens, group.size())
+    sizes = even_split(num_tokens, group.size()) if isinstance(num_tokens, int) else num_tokens
     return (yield from comm.all_gather_steps(x, group=group, sizes=sizes, label=label, wire=wire))
 
 
@@ -573,7 +577,7 @@ class RowParallelLinear(_ShardedLinear):
         )
 
     def steps(
-        self, x: Float[Tensor, "t f"], *, layout: Layout | None = None, num_tokens: int | None = None
+        self, x: Float[Tensor, "t f"], *, layout: Layout | None = None, num_tokens: Tokens | None = None
     ) -> Steps[Float[Tensor, "t_out m"]]:
         """See `forward`; yields once, at the reduction."""
         shard = self._shard(layout)
@@ -582,7 +586,7 @@ class RowParallelLinear(_ShardedLinear):
         weight = self.weight if view.size == self.weight.shape[1] else self.weight[:, view.start : view.stop]
         partial = kernels.linear(x, weight)
         if self.sequence_sharded:
-            sizes = even_split(x.shape[0], shard.group.size())
+            sizes = num_tokens if isinstance(num_tokens, tuple) else even_split(x.shape[0], shard.group.size())
             out = yield from comm.reduce_scatter_steps(
                 partial, group=shard.group, sizes=sizes, label=self.label, wire=self.wire
             )
@@ -591,7 +595,7 @@ class RowParallelLinear(_ShardedLinear):
         return out if self.bias is None else out + self.bias
 
     def forward(
-        self, x: Float[Tensor, "t f"], *, layout: Layout | None = None, num_tokens: int | None = None
+        self, x: Float[Tensor, "t f"], *, layout: Layout | None = None, num_tokens: Tokens | None = None
     ) -> Float[Tensor, "t_out m"]:
         """Multiply this rank's columns and sum over the group.
 
@@ -599,6 +603,11 @@ class RowParallelLinear(_ShardedLinear):
         Out:   [T, M], replicated; [T/p, M] by `even_split` when sequence-sharded.
         Grad:  of `x`: its columns' (no communication forward of the replicated output gradient).
         Comm:  an all-reduce of T*M elements, or a reduce-scatter.
+
+        Args:
+            x: activations, in the layer's dtype.
+            layout: one of `shards`; the stored layout by default.
+            num_tokens: how many tokens each rank gets of a sequence-sharded result, where that is no even split.
 
         Raises:
             ValueError, TypeError: a shape, dtype or layout that is not the layer's.

@@ -14,7 +14,7 @@ from seqpar import comm
 from seqpar.comm import ProcessGroup, Steps, Wire
 from seqpar.kernels import swiglu
 from seqpar.layers.base import check_covered, drop_child_names
-from seqpar.layers.linear import GateUpParallelLinear, RowParallelLinear, enter_steps
+from seqpar.layers.linear import GateUpParallelLinear, RowParallelLinear, Tokens, enter_steps
 from seqpar.partition import Layout
 
 __all__ = ["ParallelMLP"]
@@ -112,7 +112,7 @@ class ParallelMLP(nn.Module):
         self.places[layout] = _Place(group, gate_up.blocks(layout))
 
     def steps(
-        self, x: Float[Tensor, "t m"], *, layout: Layout | None = None, num_tokens: int | None = None
+        self, x: Float[Tensor, "t m"], *, layout: Layout | None = None, num_tokens: Tokens | None = None
     ) -> Steps[Float[Tensor, "t m"]]:
         """See `forward`; yields where its linears do."""
         if layout not in self.places:
@@ -129,11 +129,12 @@ class ParallelMLP(nn.Module):
         )
         gate_up = yield from comm.call(self.gate_up_proj, x, **options)
         hidden = swiglu(gate_up, blocks, consume=comm.splits(self.gate_up_proj))  # else a hook may have kept it
-        out: Tensor = yield from comm.call(self.down_proj, hidden, **options)
+        uneven = given(num_tokens=num_tokens if isinstance(num_tokens, tuple) else None)
+        out: Tensor = yield from comm.call(self.down_proj, hidden, **options, **uneven)
         return out
 
     def forward(
-        self, x: Float[Tensor, "t m"], *, layout: Layout | None = None, num_tokens: int | None = None
+        self, x: Float[Tensor, "t m"], *, layout: Layout | None = None, num_tokens: Tokens | None = None
     ) -> Float[Tensor, "t m"]:
         """Apply the MLP.
 

@@ -23,7 +23,7 @@ from seqpar import comm
 from seqpar.comm import ProcessGroup, Steps, Wire
 from seqpar.kv import PagedKV
 from seqpar.layers.decoder import ParallelAttention
-from seqpar.layers.linear import QKVParallelLinear, enter_steps
+from seqpar.layers.linear import QKVParallelLinear, Tokens, enter_steps
 from seqpar.layers.mlp import ParallelMLP, given
 from seqpar.layers.threephase import AttentionParts, PipelinedUlysses
 from seqpar.layers.ulysses import UlyssesAttention
@@ -80,7 +80,7 @@ class OverlappedMLP(ParallelMLP):
         self.chunks = chunks
 
     def steps(
-        self, x: Float[Tensor, "t m"], *, layout: Layout | None = None, num_tokens: int | None = None
+        self, x: Float[Tensor, "t m"], *, layout: Layout | None = None, num_tokens: Tokens | None = None
     ) -> Steps[Float[Tensor, "t m"]]:
         """See `ParallelMLP.forward`; the parts' sums are launched one after another and waited for in turn.
 
