@@ -44,9 +44,9 @@ def shapes(mesh: comm.DeviceMesh, sequence_sharded: bool, window: int | None) ->
         costs = calibrate(
             layers, group=groups.flat, tokens=(8, 20), rounds=2, progress=lambda *counts: told.append(counts)
         )
-    probes = 3 if sequence_sharded else 5
+    probes = 5  # two sizes, one behind a prefix, two of a last layer
     assert told == [(i, 3 * probes) for i in range(1, 3 * probes + 1)] and costs.window == window
-    gathers = 2 if sequence_sharded else 3  # whether there is a last layer to measure, and the results
+    gathers = 3  # whether there is a last layer to measure, and the results
     assert sent.by_label().get("calibrate", comm.Count()).calls == (
         3 * probes + gathers if groups.flat.size() > 1 else 0
     )
@@ -67,11 +67,9 @@ def test_a_slot_for_each_collective_and_the_same_numbers_on_all_ranks(
     assert all(other == costs[0] for other in costs)
     assert [slot.comm is not None for slot in costs[0].slots] == [True] * sends + [False]
     assert overlap(costs[0], 20, num_layers=3).predicted_s > 0
-    if sharded:
-        assert not costs[0].last
-    else:  # of a last layer without wanted rows all that travels is the QKV projection, over `sp`
-        assert [slot.comm is not None for slot in costs[0].last] == [True] * (layout[1] > 1) + [False]
-        assert overlap(costs[0], 20, num_layers=3, last_rows=2).predicted_s > 0
+    # Of a last layer without wanted rows all that travels is its input when that is sharded, and QKV over `sp`.
+    assert [slot.comm is not None for slot in costs[0].last] == [True] * (sharded + (layout[1] > 1)) + [False]
+    assert overlap(costs[0], 20, num_layers=3, last_rows=2).predicted_s > 0
 
 
 def on_a_link(mesh: comm.DeviceMesh) -> None:
