@@ -142,26 +142,40 @@ def even_cuts(tokens: int, chunks: int) -> tuple[int, ...]:
 
 def segments(stack: Stack, cuts: Sequence[int], repeats: int) -> Programs:
     """The segments of every program in processor time: medians over `repeats`, means over ranks."""
-    seen: list[list[list[float]]] = []
-    sizes: list[list[int | None]] = []
-    for _ in range(repeats):
-        stack.begin()
-        dist.barrier()
-        with comm.trace(clock=time.thread_time) as trace:
-            stack.run(cuts)
-        intervals = [i for i in trace.intervals if i.kind != "wait" and i.program]  # () is the schedule itself
-        index = {program: at for at, program in enumerate(sorted({i.program for i in intervals}))}
-        compute: list[list[float]] = [[0.0] for _ in index]
-        sent: list[list[int | None]] = [[] for _ in index]
-        for interval in sorted(intervals, key=lambda i: (i.launched_s, i.kind != "compute")):
-            at = index[interval.program]
-            if interval.kind == "comm":
-                sent[at].append(interval.num_bytes)
-                compute[at].append(0.0)
-            else:
-                compute[at][-1] += interval.end_s - interval.start_s
-        seen.append(compute)
-        sizes = [[*program, None] for program in sent]
+    return segments_of(stack, [cuts], repeats)[0]
+
+
+def segments_of(stack: Stack, choices: Sequence[Sequence[int]], repeats: int) -> list[Programs]:
+    """`segments` of several cuts, which take turns, so that a machine that slows down slows all of them."""
+    runs = [[_once(stack, cuts) for cuts in choices] for _ in range(repeats)]
+    return [_medians(list(same)) for same in zip(*runs, strict=True)]
+
+
+Run = tuple[list[list[float]], list[list[int | None]]]
+
+
+def _once(stack: Stack, cuts: Sequence[int]) -> Run:
+    """Seconds up to each launch of each program, and what it sent there."""
+    stack.begin()
+    dist.barrier()
+    with comm.trace(clock=time.thread_time) as trace:
+        stack.run(cuts)
+    intervals = [i for i in trace.intervals if i.kind != "wait" and i.program]  # () is the schedule itself
+    index = {program: at for at, program in enumerate(sorted({i.program for i in intervals}))}
+    compute: list[list[float]] = [[0.0] for _ in index]
+    sent: list[list[int | None]] = [[] for _ in index]
+    for interval in sorted(intervals, key=lambda i: (i.launched_s, i.kind != "compute")):
+        at = index[interval.program]
+        if interval.kind == "comm":
+            sent[at].append(interval.num_bytes)
+            compute[at].append(0.0)
+        else:
+            compute[at][-1] += interval.end_s - interval.start_s
+    return compute, [[*program, None] for program in sent]
+
+
+def _medians(runs: list[Run]) -> Programs:
+    seen, sizes = [compute for compute, _ in runs], runs[0][1]
     medians = [
         [statistics.median(values) for values in zip(*program, strict=True)] for program in zip(*seen, strict=True)
     ]
@@ -241,7 +255,8 @@ def simulated(sizes: Sequence[Size], shares: Sequence[float], picture: Path | No
         progress(number * (1 + len(shares)), total, f"{size.tokens} tokens: segments")
         stack.prompt(size.tokens)
         expected = stack.run(())
-        measured = {n: segments(stack, even_cuts(size.tokens, n), size.repeats) for n in CHUNKS}
+        cuts = [even_cuts(size.tokens, n) for n in CHUNKS]
+        measured = dict(zip(CHUNKS, segments_of(stack, cuts, size.repeats), strict=True))
         for at, share in enumerate(shares):
             progress(number * (1 + len(shares)) + at + 1, total, f"{size.tokens} tokens, f = {share}")
             link = link_for(measured[1], share)
