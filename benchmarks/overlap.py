@@ -385,6 +385,7 @@ def main() -> None:
     arguments = parser(__doc__ or "")
     arguments.add_argument("--inside", type=Path, metavar="FILE", help="only measure the real link; results go here")
     arguments.add_argument("--timeline", type=Path, metavar="FILE", help="draw two layers' timelines beside this name")
+    arguments.add_argument("--tokens", type=int, nargs="+", metavar="T", help="only prompts of these lengths")
     arguments.add_argument("--explain", action="store_true", help="print why each choice was made")
     args = arguments.parse_args()
     real_size = (3, 512) if args.quick else (9, 1024)
@@ -392,6 +393,9 @@ def main() -> None:
         args.inside.write_text(json.dumps(launch(RANKS, real, *real_size)))
         return
     sizes, shares = (QUICK_SIZES, (0.5,)) if args.quick else (SIZES, SHARES)
+    sizes = tuple(size for size in sizes if args.tokens is None or size.tokens in args.tokens)
+    if not sizes:
+        arguments.error(f"--tokens must be of {', '.join(str(size.tokens) for size in SIZES)}")
     outcomes = launch(RANKS, simulated, sizes, shares, args.timeline)
     namespaces = {rate: on_namespace(rate, args.quick) for rate in ("1gbit", "2gbit")}
     about = meta(
