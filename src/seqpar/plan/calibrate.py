@@ -29,6 +29,9 @@ from seqpar.plan.costs import Curve, LayerCosts, Prompt, SlotCosts
 
 __all__ = ["calibrate"]
 
+RESOLUTION = 0.01
+"""Repeated measurements differ by this much and more, even of an idle machine."""
+
 Progress = Callable[[int, int], None]
 Measured = tuple[float, float]
 
@@ -263,6 +266,7 @@ def _fit(probes: list[_Probe], slots: list[list[Measured]], window: int | None, 
         if last
         else (),
         source=source,
+        resolution=RESOLUTION,
     )
 
 

@@ -99,6 +99,7 @@ class LayerCosts:
         last: slots of a last layer of which few rows are wanted, for the tokens of all chunks: up to its append to the
             cache. The wanted rows then go through a whole layer. Empty where the last layer is like the others.
         source: where the numbers are from.
+        resolution: what predictions from them are worth, as a share: cuts that differ by less are taken to do as well.
     """
 
     slots: tuple[SlotCosts, ...]
@@ -107,6 +108,7 @@ class LayerCosts:
     link_contention: float = 0.0
     last: tuple[SlotCosts, ...] = ()
     source: str = ""
+    resolution: float = 2e-3
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "slots", tuple(self.slots))
@@ -115,6 +117,8 @@ class LayerCosts:
             raise ValueError("`slots` must have at least one entry, got none")
         if self.window is not None and self.window < 1:
             raise ValueError(f"`window` must be at least 1, got {self.window}")
+        if not 0 <= self.resolution < 1:
+            raise ValueError(f"`resolution` must be in [0, 1), got {self.resolution}")
 
     def chunk(self, prompt: Prompt, start: int, stop: int, *, last: bool = False) -> tuple[Slot, ...]:
         """The slots of one layer for the tokens [start, stop) of a step."""

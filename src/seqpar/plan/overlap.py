@@ -166,7 +166,7 @@ def overlap(
         candidates = tuple(_best(scan, n, grid) for n in sorted(set(chunks)) if n <= total)
     best: Candidate | None = None
     for candidate in candidates:
-        if best is None or _clearly_faster(candidate.predicted_s, best.predicted_s):
+        if best is None or _clearly_faster(candidate.predicted_s, best.predicted_s, costs.resolution):
             best = candidate
     if best is not None and best.predicted_s * (1 + margin) >= serial:
         best = None
@@ -250,12 +250,14 @@ def _best(scan: _Scan, n: int, grid: int) -> Candidate:
             best = better
         else:
             step = 0 if step == grid else max(grid, step // 2 // grid * grid)
-    return scan.candidate(best if _clearly_faster(scan.seconds(best), scan.seconds(even)) else even)
+    return scan.candidate(
+        best if _clearly_faster(scan.seconds(best), scan.seconds(even), scan.costs.resolution) else even
+    )
 
 
-def _clearly_faster(one_s: float, other_s: float) -> bool:
+def _clearly_faster(one_s: float, other_s: float, resolution: float) -> bool:
     """By more than costs are worth: of cuts that do as well the even ones have the most to spare."""
-    return one_s < other_s * (1 - 2e-3)
+    return one_s < other_s * (1 - resolution)
 
 
 def _moves(cuts: Cuts, step: int) -> Iterable[Cuts]:
