@@ -13,6 +13,7 @@ from seqpar.partition import (
     Interleave,
     Layout,
     Range,
+    Shift,
     ThreePhase,
     block_ranges,
     even_ranges,
@@ -184,6 +185,37 @@ def test_divisible_heads_are_blocked_into_one_view(p: int) -> None:
 def test_maps_that_cannot_be_are_refused(arguments: tuple[int, int, int, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         HeadMap(*arguments)
+
+
+@given(st.integers(1, 6), st.integers(1, 24))
+def test_reachable_layouts_are_those_that_reach_says(tp: int, sp: int) -> None:
+    every = [Layout(t, tp * sp // t) for t in range(1, tp * sp + 1) if tp * sp % t == 0]
+    assert list(Layout(tp, sp).reachable) == [layout for layout in every if Layout(tp, sp).reaches(layout)]
+
+
+@given(st.lists(st.integers(2, 300), unique=True, max_size=3), st.integers(1, 400))
+def test_the_last_span_that_has_begun_is_the_steps_layout(firsts: list[int], tokens: int) -> None:
+    layouts = Layout(1, 8).reachable[: len(firsts) + 1]
+    spans = tuple(zip([1, *sorted(firsts)], layouts, strict=True))
+    assert Shift(spans).layout_of(tokens) == [layout for first, layout in spans if first <= tokens][-1]
+    assert Shift(spans).layouts == layouts
+
+
+def test_the_papers_rule_is_full_tensor_parallelism_up_to_the_threshold() -> None:
+    rule = Shift.threshold(256, Layout(2, 4))
+    assert [rule.layout_of(n) for n in (0, 1, 256, 257, 9999)] == [(8, 1), (8, 1), (8, 1), (2, 4), (2, 4)]
+    assert Shift.threshold(0, Layout(2, 4)).layouts == (Layout(2, 4),)
+    assert Shift.threshold(256, Layout(8, 1)) == Shift(((1, Layout(8, 1)),))
+
+
+def test_spans_that_leave_a_step_without_a_layout_are_refused() -> None:
+    for spans in ((), ((2, Layout(1, 2)),), ((1, Layout(1, 2)), (1, Layout(2, 1)))):
+        with pytest.raises(ValueError, match="`spans` must begin at 1 token and increase, got"):
+            Shift(spans)
+    with pytest.raises(ValueError, match=r"`spans` must have layouts of the same ranks, got layouts of \[2, 4\]"):
+        Shift(((1, Layout(1, 2)), (7, Layout(2, 2))))
+    with pytest.raises(ValueError, match="`tokens` must be at least 0, got -1"):
+        Shift.threshold(-1, Layout(1, 2))
 
 
 def test_unreachable_layout_is_refused() -> None:

@@ -25,6 +25,7 @@ __all__ = [
     "Piece",
     "Range",
     "Segment",
+    "Shift",
     "ThreePhase",
     "block_ranges",
     "even_ranges",
@@ -66,6 +67,15 @@ class Layout(NamedTuple):
     def reaches(self, other: Layout) -> bool:
         """Whether `other` needs only views of the weights that this layout stores."""
         return other.size == self.size and other.tp % self.tp == 0
+
+    @property
+    def reachable(self) -> tuple[Layout, ...]:
+        """The layouts that this one reaches, itself first and pure tensor parallelism last.
+
+        >>> [tuple(layout) for layout in Layout(2, 4).reachable]
+        [(2, 4), (4, 2), (8, 1)]
+        """
+        return tuple(Layout(self.tp * f, self.sp // f) for f in range(1, self.sp + 1) if self.sp % f == 0)
 
     def check(self) -> Layout:
         """Return self, or raise ValueError when an axis is smaller than one."""
@@ -191,6 +201,55 @@ class Interleave:
                 "this size (padding is not counted), or `chunks`"
             )
         return tuple(self.cuts)
+
+
+@dataclass(frozen=True)
+class Shift:
+    """Which layout a step runs under, by how many tokens it has in all: the same answer on every rank.
+
+    Args:
+        spans: the first number of tokens of each span and its layout, from 1 token on, increasing. There may be any
+            number of them: near a crossing point a layout between the two ends may be the fastest.
+
+    Raises:
+        ValueError: no span, one that does not begin at 1 token or not after the one before it, or layouts of
+            different numbers of ranks.
+
+    Source: Shift Parallelism, arXiv:2509.16495, which has two spans.
+    """
+
+    spans: tuple[tuple[int, Layout], ...]
+
+    def __post_init__(self) -> None:
+        spans = tuple((first, Layout(*layout).check()) for first, layout in self.spans)
+        object.__setattr__(self, "spans", spans)
+        firsts = [first for first, _ in spans]
+        if firsts[:1] != [1] or any(a >= b for a, b in pairwise(firsts)):
+            raise ValueError(f"`spans` must begin at 1 token and increase, got {firsts}")
+        sizes = sorted({layout.size for _, layout in spans})
+        if len(sizes) > 1:
+            raise ValueError(f"`spans` must have layouts of the same ranks, got layouts of {sizes}")
+
+    @classmethod
+    def threshold(cls, tokens: int, base: Layout) -> Shift:
+        """The paper's rule: up to that many tokens pure tensor parallelism, above it the base layout.
+
+        Raises:
+            ValueError: a negative number of tokens.
+        """
+        if tokens < 0:
+            raise ValueError(f"`tokens` must be at least 0, got {tokens}")
+        full = Layout(base.size, 1)
+        return cls(((1, base),) if tokens == 0 or full == base else ((1, full), (tokens + 1, base)))
+
+    def layout_of(self, num_tokens: int) -> Layout:
+        """The layout of a step of that many tokens, over all requests and ranks."""
+        return next(layout for first, layout in reversed(self.spans) if num_tokens >= first or first == 1)
+
+    @property
+    def layouts(self) -> tuple[Layout, ...]:
+        """Every layout that some step runs under, once, tensor-parallel ranks increasing."""
+        return tuple(sorted({layout for _, layout in self.spans}))
 
 
 @dataclass(frozen=True)

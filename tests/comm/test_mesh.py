@@ -5,10 +5,12 @@ import subprocess
 import sys
 
 import pytest
+import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from seqpar import comm
+from seqpar.partition import Layout
 from tests.ranks import LAYOUTS, run_mesh, run_ranks
 
 AXES = ("tp", "sp")
@@ -147,6 +149,7 @@ def test_torchruns_environment_is_used(free_port):
     script = """
 import torch, torch.distributed as dist
 from seqpar import comm
+from seqpar.partition import Layout
 groups = comm.groups(comm.init_mesh(device="cpu", timeout_s=7))
 print(groups.layout, dist.get_world_size(), groups.flat._get_backend(torch.device("cpu")).options._timeout)
 """
@@ -161,3 +164,38 @@ def free_port():
     with socket.socket() as s:
         s.bind(("localhost", 0))
         return s.getsockname()[1]
+
+
+def shifted(mesh):
+    base = comm.groups(mesh)
+    found = comm.layout_groups(base)
+    assert found[base.layout] == base
+    for layout, groups in found.items():
+        t, s = divmod(base.flat.rank(), layout.sp)
+        flat = dist.get_process_group_ranks(base.flat)
+        assert (groups.layout, groups.tp.rank(), groups.sp.rank(), groups.flat) == (layout, t, s, base.flat)
+        assert dist.get_process_group_ranks(groups.tp) == [flat[i * layout.sp + s] for i in range(layout.tp)]
+        assert dist.get_process_group_ranks(groups.sp) == [flat[t * layout.sp + i] for i in range(layout.sp)]
+        assert comm.is_deterministic(groups.tp) == comm.is_deterministic(base.flat)
+        total = comm.all_reduce(torch.tensor([float(base.flat.rank())]), group=groups.tp)
+        assert total.item() == sum(i * layout.sp + s for i in range(layout.tp))
+    assert found[Layout(base.layout.size, 1)].tp is base.flat
+    with pytest.raises(ValueError, match=r"must be reachable from the stored \(1, 4\), got \(3, 1\); reachable are \(1,"):
+        comm.layout_groups(base, [base.layout, Layout(3, 1)])
+    return list(found)
+
+
+def test_groups_of_every_layout_that_can_be_shifted_to():
+    assert run_mesh((1, 4), shifted)[3] == [(1, 4), (2, 2), (4, 1)]
+
+
+def shifted_replica(rank, p):
+    base = comm.groups(comm.init_mesh(1, 2, "cpu", timeout_s=33, deterministic=True))
+    made = comm.layout_groups(base, [Layout(2, 1)])[Layout(2, 1)]
+    assert dist.get_process_group_ranks(made.tp) == [rank // 2 * 2, rank // 2 * 2 + 1]
+    assert dist.get_process_group_ranks(made.sp) == [rank] and comm.is_deterministic(made.sp)
+    assert made.sp._get_backend(torch.device("cpu")).options._timeout.total_seconds() == 33
+
+
+def test_a_replica_shifts_alone():
+    run_ranks(4, shifted_replica, isolated=True)

@@ -35,7 +35,7 @@ from seqpar.comm.differentiable import (
 from seqpar.comm.handle import CommError, Handle, Mark
 from seqpar.comm.intervals import Interval
 from seqpar.comm.link import LINK_PRESETS, LinkCosts, SimulatedLink
-from seqpar.comm.mesh import Groups, describe, groups, init_mesh, is_deterministic
+from seqpar.comm.mesh import Groups, describe, groups, init_mesh, is_deterministic, layout_groups
 from seqpar.comm.record import Count, Recorder, record
 from seqpar.comm.replay import check_schedule
 from seqpar.comm.report import Exposure, TraceReport, TraceSlot
@@ -91,6 +91,7 @@ __all__ = [
     "interleave_steps",
     "is_deterministic",
     "is_wrapped",
+    "layout_groups",
     "record",
     "reduce_grad",
     "reduce_scatter",

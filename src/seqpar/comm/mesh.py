@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from seqpar.partition import Layout
 
-__all__ = ["Groups", "describe", "groups", "init_mesh", "is_deterministic"]
+__all__ = ["Groups", "describe", "groups", "init_mesh", "is_deterministic", "layout_groups"]
 
 AXES = ("tp", "sp")
 FLAT = "tp_sp"
@@ -97,6 +97,54 @@ def groups(mesh: DeviceMesh) -> Groups:
         raise ValueError(f"ranks of `mesh` must increase along its axes, got {mesh.mesh.tolist()}")
     layout = Layout(mesh.size(0), mesh.size(1))
     return Groups(layout, mesh.get_group("tp"), mesh.get_group("sp"), flat)
+
+
+def layout_groups(base: Groups, layouts: Sequence[Layout] | None = None) -> dict[Layout, Groups]:
+    """The groups of other layouts of the same ranks, which steps can be shifted to.
+
+    Every rank of `base` calls it with the same arguments; ranks outside need not. Every group is made once, with the
+    timeout of `base.flat`, and reduces as that one does (`is_deterministic`). One whose ranks are those of `base.tp`,
+    `base.sp` or `base.flat` is that group.
+
+    Args:
+        base: of the layout that weights are stored in (`groups`).
+        layouts: those wanted; by default all that `base.layout` reaches, itself included.
+
+    Raises:
+        ValueError: a layout that needs weights which the stored ones do not contain; no group has been made then.
+    """
+    wanted = base.layout.reachable if layouts is None else tuple(Layout(*layout) for layout in layouts)
+    unreachable = [tuple(layout) for layout in wanted if not base.layout.reaches(layout)]
+    if unreachable:
+        raise ValueError(
+            f"`layouts` must be reachable from the stored {tuple(base.layout)}, got {unreachable[0]}; "
+            f"reachable are {', '.join(str(tuple(layout)) for layout in base.layout.reachable)}"
+        )
+    flat = dist.get_process_group_ranks(base.flat)
+    made = {tuple(dist.get_process_group_ranks(group)): group for group in (base.tp, base.sp, base.flat)}
+    found = {}
+    for layout in wanted:
+        grid = torch.tensor(flat).view(layout.tp, layout.sp)
+        tp_rank, sp_rank = divmod(base.flat.rank(), layout.sp)
+        tp, sp = (
+            _local_group(f"{axis} of {layout.tp}x{layout.sp}", tuple(ranks.tolist()), base.flat, made)
+            for axis, ranks in (("tp", grid[:, sp_rank]), ("sp", grid[tp_rank]))
+        )
+        found[layout] = Groups(layout, tp, sp, base.flat)
+    return found
+
+
+def _local_group(
+    name: str, ranks: tuple[int, ...], flat: ProcessGroup, made: dict[tuple[int, ...], ProcessGroup]
+) -> ProcessGroup:
+    """A group of these ranks, made by them alone unless `made` has one."""
+    if ranks not in made:
+        timeout: timedelta = flat._get_backend(flat._device_types[0]).options._timeout
+        group = dist.new_group(list(ranks), timeout=timeout, use_local_synchronization=True, group_desc=name)
+        if is_deterministic(flat):
+            group._set_group_desc(group.group_desc + _DETERMINISTIC)
+        made[ranks] = group
+    return made[ranks]
 
 
 def describe(group: ProcessGroup) -> str:
