@@ -220,9 +220,10 @@ class Outcome(NamedTuple):
     error: float
 
 
-def calibrated(stack: Stack) -> plan.LayerCosts:
-    """What "auto" knows: two layers, measured in wall time on prompts of up to 2048 tokens, on the link in force."""
-    return plan.calibrate(stack.layers[:2], group=stack.groups.flat, rounds=3)
+def calibrated(stack: Stack, tokens: int) -> plan.LayerCosts:
+    """What "auto" of `seqpar.hf` knows when this prompt is its first: two layers at a quarter, a half and all of it."""
+    sizes = (tokens // 4, tokens // 2, tokens)
+    return plan.calibrate(stack.layers[:2], group=stack.groups.flat, tokens=sizes, rounds=3)
 
 
 def replay(programs: Programs, link: SimulatedLink) -> float:
@@ -261,7 +262,7 @@ def simulated(sizes: Sequence[Size], shares: Sequence[float], picture: Path | No
             progress(number * (1 + len(shares)) + at + 1, total, f"{size.tokens} tokens, f = {share}")
             link = link_for(measured[1], share)
             with link.on(stack.groups.tp):
-                costs = calibrated(stack)
+                costs = calibrated(stack, size.tokens)
             choice = plan.overlap(costs, size.tokens, num_layers=LAYERS)
             named = {f"n={n}": programs for n, programs in measured.items()}
             named["auto"] = named.get(_name(choice.cuts, size.tokens)) or segments(stack, choice.cuts, size.repeats)
@@ -319,7 +320,7 @@ def real(rounds: int, tokens: int) -> dict[str, Any]:
     stack = Stack(tokens)
     stack.prompt(tokens)
     expected = stack.run(())
-    choice = plan.overlap(calibrated(stack), tokens, num_layers=LAYERS)
+    choice = plan.overlap(calibrated(stack, tokens), tokens, num_layers=LAYERS)
     cuts = {"serial": (), **{f"n={n}": even_cuts(tokens, n) for n in CHUNKS[1:]}, "auto": choice.cuts}
     runs = [contender(stack, name, where, None) for name, where in cuts.items()]
     for run in runs:
