@@ -180,7 +180,9 @@ def shifted(mesh):
         total = comm.all_reduce(torch.tensor([float(base.flat.rank())]), group=groups.tp)
         assert total.item() == sum(i * layout.sp + s for i in range(layout.tp))
     assert found[Layout(base.layout.size, 1)].tp is base.flat
-    with pytest.raises(ValueError, match=r"must be reachable from the stored \(1, 4\), got \(3, 1\); reachable are \(1,"):
+    with pytest.raises(
+        ValueError, match=r"must be reachable from the stored \(1, 4\), got \(3, 1\); reachable are \(1,"
+    ):
         comm.layout_groups(base, [base.layout, Layout(3, 1)])
     return list(found)
 
@@ -190,7 +192,7 @@ def test_groups_of_every_layout_that_can_be_shifted_to():
 
 
 def shifted_replica(rank, p):
-    base = comm.groups(comm.init_mesh(1, 2, "cpu", timeout_s=33, deterministic=True))
+    base = comm.groups(comm.init_mesh(1, 2, "cpu", timeout_s=33.0, deterministic=True))
     made = comm.layout_groups(base, [Layout(2, 1)])[Layout(2, 1)]
     assert dist.get_process_group_ranks(made.tp) == [rank // 2 * 2, rank // 2 * 2 + 1]
     assert dist.get_process_group_ranks(made.sp) == [rank] and comm.is_deterministic(made.sp)

@@ -8,16 +8,19 @@ safetensors, `state_dict`, gathering a checkpoint and summing gradients all foll
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from seqpar import comm
 from seqpar.comm import Groups, ProcessGroup
-from seqpar.partition import Piece, Range
+from seqpar.partition import Layout, Piece, Range
 
 __all__ = ["ShardedModule", "Source", "gather_state_dict", "iter_sources", "name_modules", "sync_gradients"]
+
+
+Found = TypeVar("Found")
 
 
 class Source(NamedTuple):
@@ -73,6 +76,10 @@ class ShardedModule(nn.Module):
     def shard_group(self) -> ProcessGroup | None:
         """The ranks that the parameters are sharded over; None where they are replicated."""
         return None
+
+    def weights(self, layout: Layout) -> list[Tensor]:
+        """Views of the parameters as a step under `layout` uses them; all of them unless a layer says otherwise."""
+        return [param for param in self._parameters.values() if param is not None]
 
     def gradient_groups(self, param: str, groups: Groups) -> tuple[ProcessGroup, ...]:
         """Groups over which the gradient of `param` is partial after `backward`; see `sync_gradients`."""
@@ -273,6 +280,34 @@ def gather_state_dict(root: nn.Module) -> dict[str, Tensor]:
         for name, owner in module.aliases().items():
             found[prefix + name] = weights[id(owner)] if id(owner) in weights else owner.gather_source("weight")
     return found
+
+
+def check_view(stored: Layout, rank: int, layout: Layout, group: ProcessGroup) -> None:
+    """Check that rank `rank` of the tensor-parallel group of `stored` holds what its rank of `group` needs in `layout`.
+
+    Raises:
+        ValueError: its rows do not contain that layout's, or `group` has another size than the layout's tp.
+    """
+    factor = layout.tp // stored.tp
+    if not stored.reaches(layout) or group.size() != layout.tp or group.rank() // factor != rank:
+        reachable = ", ".join(str(tuple(other)) for other in stored.reachable)
+        raise ValueError(
+            f"`layout` must split the stored shard ({stored}, tp rank {rank}) further, got {layout} with group rank "
+            f"{group.rank()} of {group.size()}; reachable are {reachable}"
+        )
+
+
+def find_layout(known: Mapping[Any, Found], layout: Layout | None) -> Found:
+    """What a layer keeps for a layout; None stands for the stored one.
+
+    Raises:
+        ValueError: the layout was never added.
+    """
+    try:
+        return known[layout]
+    except KeyError:
+        added = ", ".join(str(tuple(other)) for other in known if other is not None)
+        raise ValueError(f"`layout` must be one of {added}, got {layout}; see add_layout") from None
 
 
 def check_covered(module: nn.Module, sliced: nn.Module) -> None:

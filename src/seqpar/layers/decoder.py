@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from seqpar import comm
 from seqpar.comm import Groups, ProcessGroup, Steps, Wire
 from seqpar.kv import PagedKV
-from seqpar.layers.base import check_covered, drop_child_names
+from seqpar.layers.base import check_covered, drop_child_names, find_layout
 from seqpar.layers.linear import QKVParallelLinear, RowParallelLinear, enter_steps
 from seqpar.layers.mlp import ParallelMLP, given
 from seqpar.layers.norm import RMSNorm
@@ -129,12 +129,10 @@ class ParallelAttention(nn.Module):
         tail: Tail | None = None,
     ) -> Steps[Float[Tensor, "t_out m"]]:
         """See `forward`; yields where its parts do."""
-        if layout not in self.tp_groups:
-            raise ValueError(f"`layout` must be one that was added, got {layout}; see add_layout")
-        options = given(layout=layout)
+        group, options = find_layout(self.tp_groups, layout), given(layout=layout)
         x = yield from enter_steps(
             x,
-            group=self.tp_groups[layout],
+            group=group,
             sequence_sharded=self.sequence_sharded,
             num_tokens=num_tokens,
             label=self.label,
@@ -326,9 +324,7 @@ class ParallelDecoderLayer(nn.Module):
 
     def _check(self, x: Tensor, batch: RaggedBatch, layout: Layout | None) -> Range:
         """The tokens of this sequence rank, after checking that `x` holds them (or this rank's share of them)."""
-        if layout not in self.ranks:
-            raise ValueError(f"`layout` must be one that was added, got {layout}; see add_layout")
-        place = self.ranks[layout]
+        place = find_layout(self.ranks, layout)
         tokens = even_ranges(batch.num_tokens, place.layout.sp)[place.sp_rank]
         expected = even_split(tokens.size, place.layout.tp)[place.tp_rank] if self.sequence_sharded else tokens.size
         if x.ndim != 2 or x.shape[0] != expected:

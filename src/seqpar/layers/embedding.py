@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,10 +20,17 @@ from torch import Tensor, nn
 
 from seqpar import comm, kernels
 from seqpar.comm import Groups, ProcessGroup, Steps
-from seqpar.layers.base import ShardedModule, Source
+from seqpar.layers.base import ShardedModule, Source, check_view, find_layout
 from seqpar.partition import Layout, Piece, Range, even_ranges, even_split, shard_range
 
 __all__ = ["ParallelLMHead", "VocabParallelEmbedding", "gather_rows", "gather_rows_steps"]
+
+
+class _Rows(NamedTuple):
+    """The vocabulary that this rank looks up in one layout, and with whom."""
+
+    group: ProcessGroup
+    vocab: Range
 
 
 class VocabParallelEmbedding(ShardedModule):
@@ -52,8 +59,19 @@ class VocabParallelEmbedding(ShardedModule):
         self.num_embeddings, self.embedding_dim, self.padding_idx = num_embeddings, embedding_dim, padding_idx
         self.group, self.layout = group, Layout(group.size(), sp).check()
         self.rows = shard_range(num_embeddings, self.layout, group.rank())
+        self.layouts: dict[Layout | None, _Rows] = {}
+        self.layouts[None] = self.layouts[self.layout] = _Rows(group, self.rows)
         self.weight = nn.Parameter(torch.empty(self.rows.size, embedding_dim, device=device, dtype=dtype))
         self.reset_parameters()
+
+    def add_layout(self, layout: Layout, *, group: ProcessGroup) -> None:
+        """Make `steps(ids, layout=layout)` available over `group`, on a view of the stored rows.
+
+        Raises:
+            ValueError: the stored rows do not contain that layout's, or `group` has another size than its tp.
+        """
+        check_view(self.layout, self.group.rank(), layout, group)
+        self.layouts[layout] = _Rows(group, shard_range(self.num_embeddings, layout, group.rank()))
 
     @classmethod
     def from_module(cls, embedding: nn.Embedding, *, group: ProcessGroup, sp: int = 1) -> VocabParallelEmbedding:
@@ -91,12 +109,13 @@ class VocabParallelEmbedding(ShardedModule):
                 full[self.padding_idx].zero_()
             self.load_source("weight", full.to(self.weight.device))
 
-    def steps(self, ids: Int[Tensor, " t"]) -> Steps[Float[Tensor, "t m"]]:
+    def steps(self, ids: Int[Tensor, " t"], *, layout: Layout | None = None) -> Steps[Float[Tensor, "t m"]]:
         """See `forward`; yields once, at the all-reduce."""
+        rows = find_layout(self.layouts, layout)
         _check_ids(ids, self.num_embeddings)
-        return (yield from comm.all_reduce_steps(self._lookup(ids), group=self.group, label=self.label))
+        return (yield from comm.all_reduce_steps(self._lookup(ids, rows), group=rows.group, label=self.label))
 
-    def forward(self, ids: Int[Tensor, " t"]) -> Float[Tensor, "t m"]:
+    def forward(self, ids: Int[Tensor, " t"], *, layout: Layout | None = None) -> Float[Tensor, "t m"]:
         """Look up tokens.
 
         In:    ids[T], replicated over the group, in [0, V).
@@ -104,23 +123,37 @@ class VocabParallelEmbedding(ShardedModule):
         Grad:  of the weight: this rank's rows (partial over `sp` until `sync_gradients`).
         Comm:  an all-reduce of T*M elements, exact because all but one addend is zero.
 
-        Raises:
-            ValueError: an id out of range (on CUDA a device-side assertion, without a host synchronisation).
-        """
-        return comm.run(self.steps(ids))
+        Args:
+            ids: the tokens.
+            layout: one that `add_layout` recorded; the stored one by default.
 
-    def _lookup(self, ids: Tensor) -> Tensor:
+        Raises:
+            ValueError: an id out of range (on CUDA a device-side assertion, without a host synchronisation); a layout
+                that was not added.
+        """
+        return comm.run(self.steps(ids, layout=layout))
+
+    def weights(self, layout: Layout) -> list[Tensor]:
+        return [self._view(find_layout(self.layouts, layout).vocab)]
+
+    def _view(self, vocab: Range) -> Tensor:
+        """The stored rows of a range of the vocabulary."""
+        return self.weight[slice(*vocab.shift(-self.rows.start))]
+
+    def _lookup(self, ids: Tensor, rows: _Rows) -> Tensor:
         """The rows of the ids that this rank owns, zeros for the others."""
-        if self.group.size() == 1:
+        if rows.group.size() == 1:
             return F.embedding(ids, self.weight, self.padding_idx)
-        if not self.rows.size:
-            return self.weight.new_zeros(ids.shape[0], self.embedding_dim) + 0 * self.weight.sum()
-        local = ids - self.rows.start
-        owned = (local >= 0) & (local < self.rows.size)
+        own = rows.vocab
+        weight = self._view(own)
+        if not own.size:
+            return weight.new_zeros(ids.shape[0], self.embedding_dim) + 0 * weight.sum()
+        local = ids - own.start
+        owned = (local >= 0) & (local < own.size)
         padding = None
-        if self.padding_idx is not None and self.rows.start <= self.padding_idx < self.rows.stop:
-            padding = self.padding_idx - self.rows.start
-        found = F.embedding(local.where(owned, 0), self.weight, padding)
+        if self.padding_idx is not None and own.start <= self.padding_idx < own.stop:
+            padding = self.padding_idx - own.start
+        found = F.embedding(local.where(owned, 0), weight, padding)
         return found.where(owned[:, None], 0)
 
     def sources(self, rank: int | None = None) -> dict[str, Source]:

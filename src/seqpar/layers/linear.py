@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from seqpar import comm, kernels
 from seqpar.comm import Groups, ProcessGroup, Steps, Wire
 from seqpar.kernels.quantize import check_wire
-from seqpar.layers.base import ShardedModule, Source
+from seqpar.layers.base import ShardedModule, Source, check_view, find_layout
 from seqpar.partition import HeadMap, Layout, Piece, Range, block_ranges, even_split, shard_range
 
 __all__ = ["ColumnParallelLinear", "GateUpParallelLinear", "QKVParallelLinear", "RowParallelLinear", "Shard"]
@@ -81,14 +81,8 @@ class _ShardedLinear(ShardedModule):
         Raises:
             ValueError: the stored rows do not contain that layout's, or `group` has another size than its tp.
         """
-        rank = group.rank()
-        factor = layout.tp // self.layout.tp
-        if not self.layout.reaches(layout) or group.size() != layout.tp or rank // factor != self.group.rank():
-            raise ValueError(
-                f"`layout` must split the stored shard ({self.layout}, tp rank {self.group.rank()}) further, "
-                f"got {layout} with group rank {rank} of {group.size()}"
-            )
-        self.shards[layout] = Shard(group, self._views(layout, rank))
+        check_view(self.layout, self.group.rank(), layout, group)
+        self.shards[layout] = Shard(group, self._views(layout, group.rank()))
 
     def reset_parameters(self) -> None:
         """Draw the parameters that the unsharded `nn.Linear` would draw from the same random state, and slice them.
@@ -107,10 +101,7 @@ class _ShardedLinear(ShardedModule):
         raise NotImplementedError
 
     def _shard(self, layout: Layout | None) -> Shard:
-        try:
-            return self.shards[self.layout if layout is None else layout]
-        except KeyError:
-            raise ValueError(f"`layout` must be one of {sorted(self.shards)}, got {layout}; see add_layout") from None
+        return find_layout(self.shards, self.layout if layout is None else layout)
 
     def _check(self, x: Tensor, features: int) -> None:
         if x.ndim != 2 or x.shape[1] != features:
@@ -154,9 +145,7 @@ class _ColumnParallel(_ShardedLinear):
             )
         if layout is None or layout == self.layout:
             return kernels.linear(x, self.weight, self.bias)
-        parts = [
-            kernels.linear(x, self.weight[a:b], None if self.bias is None else self.bias[a:b]) for a, b in shard.views
-        ]
+        parts = [kernels.linear(x, *self._rows(view)) for view in shard.views]
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
     def forward(
@@ -178,6 +167,14 @@ class _ColumnParallel(_ShardedLinear):
             ValueError, TypeError: a shape, dtype or layout that is not the layer's.
         """
         return comm.run(self.steps(x, layout=layout, num_tokens=num_tokens))
+
+    def weights(self, layout: Layout) -> list[Tensor]:
+        return [part for view in self._shard(layout).views for part in self._rows(view) if part is not None]
+
+    def _rows(self, rows: Range) -> tuple[Tensor, Tensor | None]:
+        """Some rows of the stored weight and of the bias."""
+        part = slice(*rows)
+        return self.weight[part], None if self.bias is None else self.bias[part]
 
 
 def enter_steps(
@@ -583,8 +580,7 @@ class RowParallelLinear(_ShardedLinear):
         shard = self._shard(layout)
         (view,) = shard.views
         self._check(x, view.size)
-        weight = self.weight if view.size == self.weight.shape[1] else self.weight[:, view.start : view.stop]
-        partial = kernels.linear(x, weight)
+        partial = kernels.linear(x, self._view(view))
         if self.sequence_sharded:
             sizes = num_tokens if isinstance(num_tokens, tuple) else even_split(x.shape[0], shard.group.size())
             out = yield from comm.reduce_scatter_steps(
@@ -619,6 +615,14 @@ class RowParallelLinear(_ShardedLinear):
         piece = (Piece(1, Range(0, columns.size), columns),)
         found = {"weight": Source((self.out_features, self.in_features), "weight", piece)}
         return found if self.bias is None else found | {"bias": Source.whole((self.out_features,), "bias")}
+
+    def weights(self, layout: Layout) -> list[Tensor]:
+        bias = [] if self.bias is None else [self.bias]
+        return [self._view(view) for view in self._shard(layout).views] + bias
+
+    def _view(self, columns: Range) -> Tensor:
+        """Some columns of the stored weight, which all are the weight itself."""
+        return self.weight if columns.size == self.weight.shape[1] else self.weight[:, slice(*columns)]
 
     def gradient_groups(self, param: str, groups: Groups) -> tuple[ProcessGroup, ...]:
         if param == "bias" and self.sequence_sharded:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from seqpar import comm
 from seqpar.comm import ProcessGroup, Steps, Wire
 from seqpar.kernels import swiglu
-from seqpar.layers.base import check_covered, drop_child_names
+from seqpar.layers.base import check_covered, drop_child_names, find_layout
 from seqpar.layers.linear import GateUpParallelLinear, RowParallelLinear, Tokens, enter_steps
 from seqpar.partition import Layout
 
@@ -115,9 +115,7 @@ class ParallelMLP(nn.Module):
         self, x: Float[Tensor, "t m"], *, layout: Layout | None = None, num_tokens: Tokens | None = None
     ) -> Steps[Float[Tensor, "t m"]]:
         """See `forward`; yields where its linears do."""
-        if layout not in self.places:
-            raise ValueError(f"`layout` must be one that was added, got {layout}; see add_layout")
-        group, blocks = self.places[layout]
+        group, blocks = find_layout(self.places, layout)
         options = given(layout=layout)
         x = yield from enter_steps(
             x,

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from seqpar import comm
 from seqpar.comm import ProcessGroup, Steps, Wire
 from seqpar.kv import PagedKV
+from seqpar.layers.base import find_layout
 from seqpar.layers.decoder import ParallelAttention
 from seqpar.layers.linear import QKVParallelLinear, Tokens, enter_steps
 from seqpar.layers.mlp import ParallelMLP, given
@@ -155,9 +156,7 @@ class OverlappedAttention(ParallelAttention):
         if tail is not None or batch.num_tokens < self.core.pipeline.min_tokens:
             run = super().steps(x, batch, cos, sin, kv, layout=layout, num_tokens=num_tokens, tail=tail)
             return (yield from run)
-        if layout not in self.tp_groups:
-            raise ValueError(f"`layout` must be one that was added, got {layout}; see add_layout")
-        group, options = self.tp_groups[layout], given(layout=layout)
+        group, options = find_layout(self.tp_groups, layout), given(layout=layout)
         x = yield from enter_steps(x, group=group, sequence_sharded=False, num_tokens=None, label=self.label)
         qkv = yield from comm.call(self.qkv_proj, x, **options)
         parts = AttentionParts(self.core, qkv, batch, cos, sin, kv, layout, self.core.pipeline.query_chunks)

@@ -32,6 +32,7 @@ from seqpar import comm
 from seqpar.comm import Mark, ProcessGroup, Steps
 from seqpar.kernels import attention
 from seqpar.kv import PagedKV
+from seqpar.layers.base import find_layout
 from seqpar.layers.ulysses import UlyssesAttention, uniform
 from seqpar.partition import HeadMap, Layout, Range, ThreePhase, even_ranges, piece_ranges
 from seqpar.ragged import RaggedBatch, Tail
@@ -175,9 +176,8 @@ class AttentionParts:
         layout: Layout | None,
         chunks: int,
     ) -> None:
-        if layout not in core.exchanges:
-            raise ValueError(f"`layout` must be one that was added, got {layout}; see add_layout")
-        self.groups, self._exchange = core.parts[layout], core.exchanges[layout]
+        self._exchange = find_layout(core.exchanges, layout)
+        self.groups = core.parts[layout]
         self._core, self._batch, self._kv, self._tables = core, batch, kv, (cos, sin)
         size, rank = self._exchange.group.size(), self._exchange.group.rank()
         slices = even_ranges(batch.num_tokens, size)

@@ -27,6 +27,7 @@ from seqpar.comm import Mark, ProcessGroup, Steps
 from seqpar.kernels import attention, rotary
 from seqpar.kernels.quantize import Wire, check_wire
 from seqpar.kv import PagedKV
+from seqpar.layers.base import find_layout
 from seqpar.partition import HeadMap, Layout, Range, even_ranges, even_split
 from seqpar.ragged import RaggedBatch, Tail
 
@@ -133,9 +134,7 @@ class UlyssesAttention(nn.Module):
         tail: Tail | None = None,
     ) -> Steps[Float[Tensor, "t_out o"]]:
         """See `forward`; yields at the two all-to-alls, with a `Mark` where the KV is appended between them."""
-        if layout not in self.exchanges:
-            raise ValueError(f"`layout` must be one that was added, got {layout}; see add_layout")
-        exchange = self.exchanges[layout]
+        exchange = find_layout(self.exchanges, layout)
         tokens = even_split(batch.num_tokens, exchange.group.size())
         self._check(qkv, tokens[exchange.group.rank()], exchange)
         self._check_step(qkv, batch, cos, sin, kv, tail)
