@@ -10,6 +10,7 @@ from seqpar.plan.hardware import MACHINES, Accelerator, Fabric, Machine
 from seqpar.plan.overlap import Candidate, OverlapChoice, overlap
 from seqpar.plan.prefill import ModelShape, prefill_costs
 from seqpar.plan.schedule import Schedule, Slot, bound, makespan, repeated_makespan
+from seqpar.plan.shift import ShiftChoice, StepCosts, shift
 
 __all__ = [
     "MACHINES",
@@ -22,12 +23,15 @@ __all__ = [
     "ModelShape",
     "OverlapChoice",
     "Schedule",
+    "ShiftChoice",
     "Slot",
     "SlotCosts",
+    "StepCosts",
     "bound",
     "calibrate",
     "makespan",
     "overlap",
     "prefill_costs",
     "repeated_makespan",
+    "shift",
 ]
