@@ -11,6 +11,7 @@ from seqpar.plan.overlap import Candidate, OverlapChoice, overlap
 from seqpar.plan.prefill import ModelShape, prefill_costs
 from seqpar.plan.schedule import Schedule, Slot, bound, makespan, repeated_makespan
 from seqpar.plan.shift import ShiftChoice, StepCosts, shift
+from seqpar.plan.volumes import Volume, closed_volume, layer_volumes
 
 __all__ = [
     "MACHINES",
@@ -27,8 +28,11 @@ __all__ = [
     "Slot",
     "SlotCosts",
     "StepCosts",
+    "Volume",
     "bound",
     "calibrate",
+    "closed_volume",
+    "layer_volumes",
     "makespan",
     "overlap",
     "prefill_costs",
