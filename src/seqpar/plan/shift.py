@@ -250,12 +250,11 @@ def _path(stretches: list[_Stretch], layouts: tuple[Layout, ...]) -> list[Layout
 def _spans(costs: StepCosts, margin: float) -> Iterator[Range]:
     """The stretches of the sizes in which no curve bends, and none crosses another or the margin above it."""
     breaks = _breaks(costs)
-    firsts = {breaks[0], *(n + 1 for n in breaks[1:])}
+    firsts = set(breaks)
     for one, other in permutations(costs.curves.values(), 2):
         for relation in (partial(_is_faster, one, other), partial(_will_do, one, other, margin)):
             firsts.update(_first_change(relation, a, b) for a, b in pairwise(breaks))
-    stop = costs.sizes.stop
-    for first, after in pairwise(sorted({*(n for n in firsts if n < stop), stop})):
+    for first, after in pairwise(sorted({*firsts, costs.sizes.stop})):
         yield Range(first, after)
 
 
