@@ -10,8 +10,8 @@ import torch
 
 from seqpar import comm
 from seqpar.layers import ParallelDecoderLayer, name_modules
-from seqpar.partition import HeadMap
-from seqpar.plan import LayerCosts, calibrate, overlap
+from seqpar.partition import HeadMap, Layout
+from seqpar.plan import LayerCosts, calibrate, calibrate_layouts, overlap, shift
 from tests.kernels.own_errors import own_errors
 from tests.layers.reference import DecoderLayer
 from tests.ranks import run_mesh
@@ -132,3 +132,39 @@ def refusals(mesh: comm.DeviceMesh) -> None:
 
 def test_refusals() -> None:
     run_mesh((1, 1), refusals)
+
+
+def in_layouts(mesh: comm.DeviceMesh) -> Any:
+    """On a link that takes a tenth of a millisecond for a token's activations; heads take a fifth of that."""
+    layers, groups = stack(mesh)
+    layouts = comm.layout_groups(groups)
+    for layout, other in layouts.items():
+        for layer in layers:
+            layer.add_layout(layout, groups=other)
+    told: list[tuple[int, int]] = []
+    link = comm.SimulatedLink(alpha_s=0.0, bytes_per_s=16 * 4 * 1e4)
+    with link.on(groups.flat):
+        costs = calibrate_layouts(
+            layers,
+            layouts=list(layouts),
+            group=groups.flat,
+            num_layers=6,
+            tokens=(1, 24, 80),
+            rounds=1,
+            progress=lambda *counts: told.append(counts),
+        )
+    assert told[-1] == (24, 24) and len(told) == 24  # two layouts of 1 + 4, 1 + 4 and 1 + 1
+    with own_errors():
+        for wrong in ([], [Layout(1, 1)]):
+            with pytest.raises(ValueError, match="`layouts` must be some that were added to the layers, got"):
+                calibrate_layouts(layers, layouts=wrong, group=groups.flat, num_layers=2)
+    return costs
+
+
+def test_layouts_are_timed_alike_on_all_ranks() -> None:
+    first, second = run_mesh((1, 2), in_layouts)
+    assert first == second and sorted(first.curves) == [(1, 2), (2, 1)]
+    tensor = first.curves[Layout(2, 1)]
+    assert tensor.tokens == (1, 24, 80)
+    assert all(tensor(n) >= n * 1.2e-3 for n in tensor.tokens)  # six layers of two sums
+    assert shift(first).layout_of(80) == (1, 2)

@@ -7,12 +7,15 @@ from seqpar.hf.auto import AutoOverlap
 from seqpar.hf.backbone import LMHead, ParallelBackbone
 from seqpar.hf.cache import ParallelCache
 from seqpar.hf.loading import load
-from seqpar.hf.swap import LoadReport, Parallelized, parallelize
+from seqpar.hf.shift import AutoShift
+from seqpar.hf.swap import LoadReport, MemoryReport, Parallelized, parallelize
 
 __all__ = [
     "AutoOverlap",
+    "AutoShift",
     "LMHead",
     "LoadReport",
+    "MemoryReport",
     "ParallelBackbone",
     "ParallelCache",
     "Parallelized",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 from torch import nn
 from tqdm import tqdm  # type: ignore[import-untyped]
@@ -12,29 +13,40 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from seqpar import comm
 from seqpar.comm import ProcessGroup
 from seqpar.layers import ParallelAttention, ParallelDecoderLayer
+from seqpar.partition import Layout
 from seqpar.plan import LayerCosts, OverlapChoice, calibrate, overlap
 
-__all__ = ["AutoOverlap", "called_whole"]
+__all__ = ["AutoOverlap", "called_whole", "typical_layers"]
 
 _LARGEST = 8192  # tokens of the largest prompt that is measured; costs go straight on from there
 _KEPT = 64  # decisions
+
+
+class _Step(NamedTuple):
+    """All that a decision depends on, besides the costs."""
+
+    q_lens: tuple[int, ...]
+    cached: tuple[int, ...]
+    last_rows: int | None
+    layout: Layout | None
 
 
 class AutoOverlap:
     """Decides for every step whether it is cut into chunks, and where; the same on every rank.
 
     The first step of at least `min_tokens` measures a layer or two (`plan.calibrate`, for about as long as a few such
-    steps take in them); one that is far longer than what was measured does so again. Below the gate nothing is measured
-    or decided, and decodes, where each request has one new token, always run whole.
+    steps take in them); one that is far longer than what was measured does so again, and so does the first step under
+    another layout. Below the gate nothing is measured or decided, and decodes, where each request has one new token,
+    always run whole.
 
     Args:
         min_tokens: smaller steps run whole.
-        costs: measured earlier (`LayerCosts.load`); then nothing is measured.
+        costs: measured earlier under the stored layout (`LayerCosts.load`); then nothing is measured under that one.
         chunks: numbers of chunks to consider.
         margin: what a cut must be predicted to save.
 
     Attributes:
-        costs: those that it decides by; None until they have been measured.
+        costs: those that it decides by, for each layout it has met; None stands for the stored one.
         latest: the decision on the last step that was above the gate.
 
     Raises:
@@ -52,11 +64,11 @@ class AutoOverlap:
         if min_tokens < 2 or not chunks or min(chunks) < 2:
             raise ValueError(f"`min_tokens` and `chunks` must be at least 2, got {min_tokens} and {list(chunks)}")
         self.min_tokens, self.chunks, self.margin = min_tokens, tuple(chunks), margin
-        self.costs = costs
+        self.costs: dict[Layout | None, LayerCosts] = {} if costs is None else {None: costs}
         self.latest: OverlapChoice | None = None
         self._whole: str | None = None
-        self._reaches = 0 if costs is None else sys.maxsize
-        self._decided: dict[tuple[tuple[int, ...], tuple[int, ...], int | None], OverlapChoice] = {}
+        self._reaches: dict[Layout | None, int] = {} if costs is None else {None: sys.maxsize}
+        self._decided: dict[_Step, OverlapChoice] = {}
 
     def cuts_of(
         self,
@@ -66,6 +78,7 @@ class AutoOverlap:
         *,
         group: ProcessGroup,
         last_rows: int | None = None,
+        layout: Layout | None = None,
     ) -> tuple[int, ...]:
         """Where to cut a step; nowhere below the gate, and while a layer is called as a whole.
 
@@ -75,6 +88,7 @@ class AutoOverlap:
             layers: the model's, to measure.
             group: all ranks.
             last_rows: rows that are wanted of the last layer, where it leaves out the others.
+            layout: that the step runs under; the stored one by default.
 
         Comm:  three integers of each rank above the gate; more when it measures.
         """
@@ -87,20 +101,20 @@ class AutoOverlap:
             self._whole = str(error)
             return ()
         self._whole = None
-        if min(total, _LARGEST) > 2 * self._reaches:
-            self.costs = self._measure(layers, min(total, _LARGEST), group)
+        if min(total, _LARGEST) > 2 * self._reaches.get(layout, 0):
+            self.costs[layout] = self._measure(layers, min(total, _LARGEST), group, layout)
             self._decided.clear()
-        assert self.costs is not None
-        last_rows = last_rows if self.costs.last and last_rows != total else None
-        key = tuple(q_lens), tuple(cached), last_rows
+        costs = self.costs[layout]
+        last_rows = last_rows if costs.last and last_rows != total else None
+        key = _Step(tuple(q_lens), tuple(cached), last_rows, layout)
         if key not in self._decided:
             while len(self._decided) >= _KEPT:
                 del self._decided[next(iter(self._decided))]
             self._decided[key] = overlap(
-                self.costs,
-                key[0],
+                costs,
+                key.q_lens,
                 num_layers=len(layers),
-                prefix=key[1],
+                prefix=key.cached,
                 chunks=self.chunks,
                 margin=self.margin,
                 last_rows=last_rows,
@@ -116,9 +130,9 @@ class AutoOverlap:
             return self.latest.explain()
         return f"undecided: no step of at least {self.min_tokens} tokens so far; smaller ones and decodes run whole"
 
-    def _measure(self, layers: nn.ModuleList, most: int, group: ProcessGroup) -> LayerCosts:
+    def _measure(self, layers: nn.ModuleList, most: int, group: ProcessGroup, layout: Layout | None) -> LayerCosts:
         """Costs at a quarter, a half and all of that many tokens."""
-        self._reaches = most
+        self._reaches[layout] = most
         show = group.rank() == 0 and sys.stderr.isatty()
         with comm.record(), tqdm(desc="measuring", disable=not show, leave=False) as bar:
 
@@ -127,13 +141,13 @@ class AutoOverlap:
                 bar.update(done - bar.n)
 
             sizes = sorted({max(1, most // 4), max(1, most // 2), most})
-            return calibrate(_typical(layers), group=group, tokens=sizes, rounds=3, progress=tell)
+            return calibrate(typical_layers(layers), group=group, tokens=sizes, rounds=3, layout=layout, progress=tell)
 
     def __repr__(self) -> str:
         return f"AutoOverlap({self.min_tokens}, {self.costs}, {self.chunks}, {self.margin})"
 
 
-def _typical(layers: nn.ModuleList) -> list[ParallelDecoderLayer]:
+def typical_layers(layers: nn.ModuleList) -> list[ParallelDecoderLayer]:
     """The first two of the layers with the most common window."""
     known = [layer for layer in layers if isinstance(layer, ParallelDecoderLayer)]
     windows = [layer.self_attn.core.window for layer in known if isinstance(layer.self_attn, ParallelAttention)]

@@ -8,7 +8,7 @@ program; `stack_steps` is the part of it that a schedule can run once for each c
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -24,9 +24,10 @@ from seqpar.comm import Groups, Steps
 from seqpar.hf.auto import AutoOverlap, called_whole
 from seqpar.hf.cache import CacheSpec, CacheStore, ParallelCache, store_of
 from seqpar.hf.padding import Padding, check_windows
+from seqpar.hf.shift import AutoShift
 from seqpar.kv import PagedKV
-from seqpar.layers import ParallelDecoderLayer, ParallelLMHead, gather_rows_steps
-from seqpar.partition import HeadMap, Interleave, even_ranges
+from seqpar.layers import ParallelDecoderLayer, ParallelLMHead, VocabParallelEmbedding, gather_rows_steps
+from seqpar.partition import HeadMap, Interleave, Layout, Shift, even_ranges
 from seqpar.ragged import RaggedBatch, Tail
 
 __all__ = ["KEEP", "LMHead", "ParallelBackbone"]
@@ -46,6 +47,7 @@ class _Plan(NamedTuple):
     cache: Cache | None = None
     cuts: tuple[int, ...] = ()
     has_tail: bool = False
+    layout: Layout | None = None
 
 
 class _Chunk(NamedTuple):
@@ -88,6 +90,8 @@ class ParallelBackbone(nn.Module):
         sequence_sharded: activations are split over `tp` as well.
         overlap: how large steps are cut into chunks that hide each other's collectives, or who decides that; None for
             not at all.
+        shift: which layout a step runs under, or who decides that; None for the stored one always. Its other layouts
+            must be added (`add_layouts`).
     """
 
     label: str = ""
@@ -107,9 +111,11 @@ class ParallelBackbone(nn.Module):
         windows: Sequence[int | None],
         sequence_sharded: bool = False,
         overlap: Interleave | AutoOverlap | None = None,
+        shift: Shift | AutoShift | None = None,
     ) -> None:
         super().__init__()
-        self.overlap = overlap
+        self.overlap, self.shift = overlap, shift
+        self.layouts: dict[Layout | None, Groups] = {None: groups, groups.layout: groups}
         self.config, self.groups, self.heads, self.head_dim = config, groups, heads, head_dim
         self.windows, self.sequence_sharded = tuple(windows), sequence_sharded
         self.vocab_size = vocab_size
@@ -119,6 +125,28 @@ class ParallelBackbone(nn.Module):
             norm,
             rotary_emb,
         )
+
+    def add_layouts(self, layouts: Mapping[Layout, Groups]) -> None:
+        """Let steps run under other layouts of the same ranks (`comm.layout_groups`), on views of the stored weights.
+
+        Raises:
+            TypeError: the embedding or a layer was replaced by another's, which knows no layouts.
+        """
+        parts = (self.embed_tokens, *self.layers)
+        foreign = next(
+            (part for part in parts if not isinstance(part, (VocabParallelEmbedding, ParallelDecoderLayer))), None
+        )
+        if foreign is not None:
+            raise TypeError(f"`layers` must be parallel ones to be shifted, got {type(foreign).__name__}")
+        for layout, groups in layouts.items():
+            if layout in self.layouts:
+                continue
+            for part in parts:
+                if isinstance(part, VocabParallelEmbedding):
+                    part.add_layout(layout, group=groups.tp)
+                elif isinstance(part, ParallelDecoderLayer):
+                    part.add_layout(layout, groups=groups)
+            self.layouts[layout] = groups
 
     def forward(
         self,
@@ -168,15 +196,26 @@ class ParallelBackbone(nn.Module):
         chunks = _chunks(plan.batch, plan.cuts, selection.rows if plan.has_tail else None)
         outputs = yield from comm.interleave_steps(
             [
-                self.stack_steps(tokens[rows], part, cos[rows], sin[rows], plan.kv, keep_inputs=wanted or (), tail=tail)
+                self.stack_steps(
+                    tokens[rows],
+                    part,
+                    cos[rows],
+                    sin[rows],
+                    plan.kv,
+                    keep_inputs=wanted or (),
+                    tail=tail,
+                    layout=plan.layout,
+                )
                 for rows, part, tail in chunks
             ]
         )
-        last = selection.unpack((yield from self._collect_steps([x for x, _ in outputs], selection.rows, chunks)))
+        groups = self.layouts[plan.layout]
+        collected = yield from self._collect_steps([x for x, _ in outputs], selection.rows, chunks, groups)
+        last = selection.unpack(collected)
         states: list[Any] = [None] * (len(self.layers) + 1)
         for index in outputs[0][1]:
             local = [inputs[index] for _, inputs in outputs]
-            states[index] = everything.unpack((yield from self._collect_steps(local, None, chunks)))
+            states[index] = everything.unpack((yield from self._collect_steps(local, None, chunks, groups)))
         if wanted is not None and len(self.layers) in wanted:
             states[-1] = last
         if plan.store is not None:
@@ -197,40 +236,47 @@ class ParallelBackbone(nn.Module):
         *,
         keep_inputs: Collection[int] = (),
         tail: Tail | None = None,
+        layout: Layout | None = None,
     ) -> Steps[tuple[Float[Tensor, "t_out m"], dict[int, Float[Tensor, "t_local m"]]]]:
         """Embed a ragged batch and run it through the layers and the norm: what one chunk of a schedule does.
 
         In:    tokens, all T of the batch, as ids or as embeddings.
         Out:   this rank's normed tokens (with `tail`, those of them that are in it), and the inputs of the layers
-               named in `keep_inputs`.
+               named in `keep_inputs`. A rank's tokens are those of `layout`, by default of the stored one.
         """
-        x = yield from self._embed_steps(tokens, batch)
+        x = yield from self._embed_steps(tokens, batch, layout)
         inputs: dict[int, Tensor] = {}
         for index, layer in enumerate(self.layers):
             if index in keep_inputs:
                 inputs[index] = x
-            options = {} if tail is None or index + 1 < len(self.layers) else {"tail": tail}
+            options: dict[str, Any] = {} if layout is None else {"layout": layout}
+            if tail is not None and index + 1 == len(self.layers):
+                options["tail"] = tail
             x = yield from comm.call(layer, x, batch, cos, sin, kv, **options)
         return (yield from comm.call(self.norm, x)), inputs
 
-    def _embed_steps(self, tokens: Tensor, batch: RaggedBatch) -> Steps[Float[Tensor, "t_local m"]]:
+    def _embed_steps(
+        self, tokens: Tensor, batch: RaggedBatch, layout: Layout | None
+    ) -> Steps[Float[Tensor, "t_local m"]]:
         """This rank's tokens of a batch, embedded."""
-        mine = even_ranges(batch.num_tokens, self.groups.layout.sp)[self.groups.sp.rank()]
+        groups = self.layouts[layout]
+        mine = even_ranges(batch.num_tokens, groups.layout.sp)[groups.sp.rank()]
         if tokens.is_floating_point():
-            x = comm.reduce_grad(tokens, group=self.groups.sp, label=self.label)[mine.start : mine.stop]
+            x = comm.reduce_grad(tokens, group=groups.sp, label=self.label)[mine.start : mine.stop]
         else:
-            x = yield from comm.call(self.embed_tokens, tokens[mine.start : mine.stop])
+            options = {} if layout is None else {"layout": layout}
+            x = yield from comm.call(self.embed_tokens, tokens[mine.start : mine.stop], **options)
         if self.sequence_sharded:
-            within = even_ranges(mine.size, self.groups.layout.tp)[self.groups.tp.rank()]
-            x = comm.reduce_grad(x, group=self.groups.tp, label=self.label)[within.start : within.stop]
+            within = even_ranges(mine.size, groups.layout.tp)[groups.tp.rank()]
+            x = comm.reduce_grad(x, group=groups.tp, label=self.label)[within.start : within.stop]
         return x
 
     def _collect_steps(
-        self, locals_: Sequence[Tensor], rows: Sequence[int] | None, chunks: Sequence[_Chunk]
+        self, locals_: Sequence[Tensor], rows: Sequence[int] | None, chunks: Sequence[_Chunk], groups: Groups
     ) -> Steps[Float[Tensor, "rows m"]]:
         """Rows of the whole step (None: all), in the order asked for, out of every rank's tokens of every chunk."""
         if len(chunks) == 1:
-            return (yield from self._gather_steps(locals_[0], rows, chunks[0]))
+            return (yield from self._gather_steps(locals_[0], rows, chunks[0], groups))
         parts: list[Tensor] = []
         order: list[int] = []
         for local, chunk in zip(locals_, chunks, strict=True):
@@ -238,32 +284,30 @@ class ParallelBackbone(nn.Module):
             inside = [i for i, row in enumerate(rows or ()) if start <= row < stop]
             order += inside
             mine = None if rows is None else [rows[i] - start for i in inside]
-            parts.append((yield from self._gather_steps(local, mine, chunk)))
+            parts.append((yield from self._gather_steps(local, mine, chunk, groups)))
         gathered = torch.cat(parts)
         if order == sorted(order):
             return gathered
         return gathered[torch.tensor(order, device=gathered.device).argsort()]
 
     def _gather_steps(
-        self, x: Float[Tensor, "t_local m"], rows: Sequence[int] | None, chunk: _Chunk
+        self, x: Float[Tensor, "t_local m"], rows: Sequence[int] | None, chunk: _Chunk, groups: Groups
     ) -> Steps[Float[Tensor, "rows m"]]:
         """Rows of a chunk (None: all) out of every rank's tokens; over `tp`, when sharded, all travel."""
         if rows is not None and not rows:
             return x[:0]
-        layout, tail = self.groups.layout, chunk.tail
+        layout, tail = groups.layout, chunk.tail
         slices = even_ranges(chunk.batch.num_tokens, layout.sp)
         if self.sequence_sharded:
-            mine = slices[self.groups.sp.rank()]
+            mine = slices[groups.sp.rank()]
             shares = [share.shift(mine.start) for share in even_ranges(mine.size, layout.tp)]
             sizes = [share.size if tail is None else len(tail.within(*share)) for share in shares]
-            x = yield from comm.all_gather_steps(
-                x, group=self.groups.tp, sizes=sizes, grad="replicate", label=self.label
-            )
+            x = yield from comm.all_gather_steps(x, group=groups.tp, sizes=sizes, grad="replicate", label=self.label)
         held = [mine.size if tail is None else len(tail.within(*mine)) for mine in slices]
         found = None if rows is None else chunk.find(rows)
         return (
             yield from gather_rows_steps(
-                x, rows=found, num_tokens=sum(held), sizes=held, group=self.groups.sp, label=self.label
+                x, rows=found, num_tokens=sum(held), sizes=held, group=groups.sp, label=self.label
             )
         )
 
@@ -315,21 +359,41 @@ class ParallelBackbone(nn.Module):
         positions = padding.pack(places.expand(shape))
         has_tail = padding.select(keep, torch.device("cpu")).rows is not None and self._takes_tail()
         keep = keep if has_tail else 0
-        cuts = () if gradients else self._cuts(padding, store, keep)  # gradients do not flow through a cache
+        # Replicated parameters have a gradient under the stored layout alone, and none flows through a cache.
+        layout = None if gradients else self._layout(padding)
+        cuts = () if gradients else self._cuts(padding, store, keep, layout)
         if store is None and not cuts:
             batch = RaggedBatch.build(padding.q_lens, padding.q_lens, positions=positions, device=device)
-            return _Plan(padding, batch, places, has_tail=has_tail)
+            return _Plan(padding, batch, places, has_tail=has_tail, layout=layout)
         # Chunks see each other's keys in a cache, if only for one step.
         store = CacheStore() if store is None else store
         kv, batch = store.begin(padding, positions, self.cache_spec())
-        return _Plan(padding, batch, places, store, kv, past_key_values, cuts, has_tail)
+        return _Plan(padding, batch, places, store, kv, past_key_values, cuts, has_tail, layout)
+
+    def _layout(self, padding: Padding) -> Layout | None:
+        """The layout of a step, by its number of tokens alone; None for the stored one."""
+        if self.shift is None:
+            return None
+        if isinstance(self.shift, AutoShift):
+            chosen = self.shift.layout_of(
+                padding.num_tokens,
+                self.layers,
+                layouts=[layout for layout in self.layouts if layout is not None],
+                stored=self.groups.layout,
+                group=self.groups.flat,
+            )
+        else:
+            chosen = self.shift.layout_of(padding.num_tokens)
+        return None if chosen == self.groups.layout else chosen
 
     def _wants_gradients(self, inputs_embeds: Tensor | None) -> bool:
         """Whether a `backward` may follow; it could not reach the tokens of earlier steps."""
         inputs = () if inputs_embeds is None else (inputs_embeds,)
         return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*inputs, *self.parameters()))
 
-    def _cuts(self, padding: Padding, store: CacheStore | None, keep: int | Tensor) -> tuple[int, ...]:
+    def _cuts(
+        self, padding: Padding, store: CacheStore | None, keep: int | Tensor, layout: Layout | None
+    ) -> tuple[int, ...]:
         """Where a step without gradients is cut; rows that hold several sequences each are not, nor are decodes.
 
         `keep` says of which rows the last layer's output is wanted.
@@ -340,7 +404,9 @@ class ParallelBackbone(nn.Module):
             cached = store.lengths if store is not None and store.lengths else (0,) * len(padding.q_lens)
             rows = padding.select(keep, torch.device("cpu")).rows
             wanted = len(rows) if rows else None
-            return self.overlap.cuts_of(padding.q_lens, cached, self.layers, group=self.groups.flat, last_rows=wanted)
+            return self.overlap.cuts_of(
+                padding.q_lens, cached, self.layers, group=self.groups.flat, last_rows=wanted, layout=layout
+            )
         cuts = self.overlap.cuts_of(padding.num_tokens)
         if not cuts:
             return ()

@@ -18,9 +18,10 @@ from seqpar.hf.auto import AutoOverlap
 from seqpar.hf.backbone import LMHead
 from seqpar.hf.checkpoint import DTYPES, Checkpoint, parse_object
 from seqpar.hf.models import ARCHITECTURES, check_config
+from seqpar.hf.shift import AutoShift
 from seqpar.hf.swap import LoadReport, Parallelized, build
 from seqpar.layers import iter_sources
-from seqpar.partition import Interleave, ThreePhase
+from seqpar.partition import Interleave, Shift, ThreePhase
 
 __all__ = ["load"]
 
@@ -39,6 +40,7 @@ def load(
     overlap: Interleave | AutoOverlap | Literal["auto", "off"] = "off",
     pipeline: ThreePhase | None = None,
     wire: Wire | None = None,
+    shift: int | Shift | AutoShift | Literal["auto", "off"] = "off",
 ) -> PreTrainedModel:
     """Load a causal LM from safetensors, each rank its own slices.
 
@@ -52,6 +54,7 @@ def load(
         overlap: see `parallelize`.
         pipeline: see `parallelize`.
         wire: see `parallelize`.
+        shift: see `parallelize`.
 
     Returns:
         The Transformers model in evaluation mode; `model.seqpar` has the `LoadReport`.
@@ -69,15 +72,24 @@ def load(
     content = b""
     with agreed(groups.flat):
         checkpoint, whole = _build_on_meta(Path(path), dtype)
-        modules = build(whole, groups, sequence_sharded=sequence_sharded, overlap=overlap, pipeline=pipeline, wire=wire)
+        modules = build(
+            whole,
+            groups,
+            sequence_sharded=sequence_sharded,
+            overlap=overlap,
+            pipeline=pipeline,
+            wire=wire,
+            shift=shift,
+        )
         parallel = Parallelized(whole, groups, *modules)
         _check(checkpoint, parallel)
-        content = _describe(checkpoint, parallel) + f"{sequence_sharded} {overlap} {pipeline} {wire}".encode()
+        content = _describe(checkpoint, parallel) + f"{sequence_sharded} {overlap} {pipeline} {wire} {shift}".encode()
     check_same("checkpoint, `dtype` and options", content, group=groups.flat, device=place)
     assert parallel is not None and checkpoint is not None
     show = groups.flat.rank() == 0 and (sys.stderr.isatty() if progress is None else progress)
     with agreed(groups.flat):
         parallel.report = _fill(parallel, checkpoint, place, show)
+    parallel.add_layouts()
     model: PreTrainedModel = parallel.model.eval()
     return model
 

@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from seqpar import comm
@@ -25,18 +25,20 @@ from seqpar.hf.cache import CacheSpec
 from seqpar.hf.generation import parallel_generate
 from seqpar.hf.methods import method_of
 from seqpar.hf.models import check_model, sliding_windows
+from seqpar.hf.shift import AutoShift
 from seqpar.layers import (
     ParallelDecoderLayer,
     ParallelLMHead,
     RMSNorm,
+    ShardedModule,
     VocabParallelEmbedding,
     gather_state_dict,
     name_modules,
     sync_gradients,
 )
-from seqpar.partition import HeadMap, Interleave, ThreePhase
+from seqpar.partition import HeadMap, Interleave, Layout, Shift, ThreePhase
 
-__all__ = ["LoadReport", "Parallelized", "build", "parallelize"]
+__all__ = ["LoadReport", "MemoryReport", "Parallelized", "build", "parallelize"]
 
 
 class LoadReport(NamedTuple):
@@ -53,6 +55,22 @@ class LoadReport(NamedTuple):
     weight_bytes: int
     num_tensors: int
     seconds: float
+
+
+class MemoryReport(NamedTuple):
+    """What a rank of a parallel model holds.
+
+    Attributes:
+        weight_bytes: parameters stored.
+        layout_bytes: of those, what a step reads under each layout.
+        extra_bytes: what layouts store besides; the paper's second model would be `weight_bytes` / sp.
+        kv_token_bytes: cached for one token, in all layers and under every layout.
+    """
+
+    weight_bytes: int
+    layout_bytes: dict[Layout, int]
+    extra_bytes: int
+    kv_token_bytes: int
 
 
 class Parallelized:
@@ -125,6 +143,41 @@ class Parallelized:
         """
         return {**self.model.state_dict(), **gather_state_dict(self.model)}
 
+    def add_layouts(self) -> None:
+        """Make the groups of the layouts that `shift` chooses from, once all ranks agree on it.
+
+        Comm:  the groups', when they are made.
+        """
+        shift = self.model.model.shift
+        if shift is not None:
+            wanted = None if isinstance(shift, AutoShift) else shift.layouts
+            self.model.model.add_layouts(comm.layout_groups(self.groups, wanted))
+
+    def explain_shift(self) -> str:
+        """Which layout steps run under and, where that was decided by measurement, why; a table for people."""
+        shift = self.model.model.shift
+        if isinstance(shift, AutoShift):
+            return shift.explain()
+        if shift is None:
+            return f"off: every step runs under {tuple(self.groups.layout)}"
+        spans = (f"from {first} token(s): {tuple(layout)}" for first, layout in shift.spans)
+        return f"as given: {', '.join(spans)}"
+
+    def memory(self) -> MemoryReport:
+        """What this rank stores, and what its layouts use of it."""
+        stored = {param.untyped_storage().data_ptr(): param.nbytes for param in self.model.parameters()}
+        used: dict[Layout, int] = {}
+        extra: dict[int, int] = {}
+        for layout in (layout for layout in self.model.model.layouts if layout is not None):
+            tensors = [view for module in self.model.modules() for view in _weights(module, layout)]
+            used[layout] = sum(view.nbytes for view in tensors)
+            extra |= {
+                view.untyped_storage().data_ptr(): view.untyped_storage().nbytes()
+                for view in tensors
+                if view.untyped_storage().data_ptr() not in stored
+            }
+        return MemoryReport(self.weight_bytes, used, sum(extra.values()), self.kv_token_bytes)
+
     def explain_overlap(self) -> str:
         """How steps are cut into chunks and, where that was decided by measurement, why; a table for people."""
         overlap = self.model.model.overlap
@@ -164,6 +217,7 @@ def parallelize(
     overlap: Interleave | AutoOverlap | Literal["auto", "off"] = "off",
     pipeline: ThreePhase | None = None,
     wire: Wire | None = None,
+    shift: int | Shift | AutoShift | Literal["auto", "off"] = "off",
 ) -> Parallelized:
     """Swap the stack and the head of a model for parallel ones, in place.
 
@@ -185,6 +239,11 @@ def parallelize(
         wire: the format in which the decoder layers exchange activations, of 8 bits a number (`seqpar.comm.wire`): sums
             and gathers over `tp`, both all-to-alls over `sp`. Results then differ from the model's own. The sum of the
             embedding, the gather of the last rows and that of the logits stay exact, and so do gradients on their way.
+        shift: run each step under the layout that suits its number of tokens (Shift Parallelism), over one cache and
+            one copy of the weights; the same results, up to rounding. A number: up to so many tokens pure tensor
+            parallelism over all ranks, above it the layout of `mesh`. A `Shift`: its layouts. "auto" measures all that
+            the mesh reaches at the first step (`AutoShift`); `explain_shift` says what it chose and why. Steps with
+            gradients run under the layout of `mesh`.
 
     Comm:  agreement on the model and on samples of its weights.
 
@@ -196,11 +255,21 @@ def parallelize(
     content, modules = b"", None
     with agreed(groups.flat):
         check_model(model)
-        content = _sample(model) + f"{sequence_sharded} {overlap} {pipeline} {wire}".encode()
-        modules = build(model, groups, sequence_sharded=sequence_sharded, overlap=overlap, pipeline=pipeline, wire=wire)
+        content = _sample(model) + f"{sequence_sharded} {overlap} {pipeline} {wire} {shift}".encode()
+        modules = build(
+            model,
+            groups,
+            sequence_sharded=sequence_sharded,
+            overlap=overlap,
+            pipeline=pipeline,
+            wire=wire,
+            shift=shift,
+        )
     check_same("config and weights of `model`", content, group=groups.flat, device=model.device)
     assert modules is not None
-    return Parallelized(model, groups, *modules)
+    parallel = Parallelized(model, groups, *modules)
+    parallel.add_layouts()
+    return parallel
 
 
 def build(
@@ -211,17 +280,19 @@ def build(
     overlap: Interleave | AutoOverlap | Literal["auto", "off"] = "off",
     pipeline: ThreePhase | None = None,
     wire: Wire | None = None,
+    shift: int | Shift | AutoShift | Literal["auto", "off"] = "off",
 ) -> tuple[ParallelBackbone, ParallelLMHead]:
     """The parallel modules for a model; meta weights give meta slices.
 
     Raises:
-        ValueError: its heads cannot be split over the mesh.
-        TypeError: an overlap or a pipeline that is none.
+        ValueError: its heads cannot be split over the mesh, or shifting would need weights that it does not store.
+        TypeError: an overlap, a pipeline or a shift that is none.
     """
     if overlap not in ("auto", "off") and not isinstance(overlap, (Interleave, AutoOverlap)):
         raise TypeError(f'`overlap` must be an Interleave, an AutoOverlap, "auto" or "off", got {overlap!r}')
     if pipeline is not None and not isinstance(pipeline, ThreePhase):
         raise TypeError(f"`pipeline` must be a ThreePhase or None, got {pipeline!r}")
+    rule = _shift(shift, groups.layout)
     chosen = AutoOverlap() if overlap == "auto" else None if overlap == "off" else overlap
     config, stack = model.config, model.model
     heads = HeadMap(config.num_attention_heads, config.num_key_value_heads, *groups.layout)
@@ -254,10 +325,35 @@ def build(
         windows=windows,
         sequence_sharded=sequence_sharded,
         overlap=chosen,
+        shift=rule,
     )
     if model.lm_head.weight is stack.embed_tokens.weight:
         return backbone, LMHead.tied(embedding, groups=groups)
     return backbone, LMHead.from_linear(model.lm_head, groups=groups)
+
+
+def _shift(shift: Any, stored: Layout) -> Shift | AutoShift | None:
+    """What decides the layout of a step; None where all run under the stored one."""
+    if isinstance(shift, str) and shift in ("auto", "off"):
+        return AutoShift() if shift == "auto" else None
+    if isinstance(shift, int) and not isinstance(shift, bool):
+        return Shift.threshold(shift, stored)
+    if not isinstance(shift, (Shift, AutoShift)):
+        raise TypeError(f'`shift` must be a number of tokens, a Shift, an AutoShift, "auto" or "off", got {shift!r}')
+    for layout in shift.layouts if isinstance(shift, Shift) else ():
+        if not stored.reaches(layout):
+            raise ValueError(
+                f"`shift` must have layouts that are reachable from the stored {tuple(stored)}, got {tuple(layout)}; "
+                f"reachable are {', '.join(str(tuple(other)) for other in stored.reachable)}"
+            )
+    return shift
+
+
+def _weights(module: nn.Module, layout: Layout) -> list[Tensor]:
+    """The parameters of one module as a step under `layout` uses them."""
+    if isinstance(module, ShardedModule):
+        return module.weights(layout)
+    return list(module.parameters(recurse=False))
 
 
 def _sample(model: PreTrainedModel) -> bytes:

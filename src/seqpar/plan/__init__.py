@@ -4,7 +4,7 @@ Nothing here changes what a layer computes. A decision comes with its reasons (`
 such as the cuts of a prompt, which a layer or `partition.Interleave` takes.
 """
 
-from seqpar.plan.calibrate import calibrate
+from seqpar.plan.calibrate import calibrate, calibrate_layouts
 from seqpar.plan.costs import Curve, LayerCosts, SlotCosts
 from seqpar.plan.hardware import MACHINES, Accelerator, Fabric, Machine
 from seqpar.plan.overlap import Candidate, OverlapChoice, overlap
@@ -31,6 +31,7 @@ __all__ = [
     "Volume",
     "bound",
     "calibrate",
+    "calibrate_layouts",
     "closed_volume",
     "layer_volumes",
     "makespan",

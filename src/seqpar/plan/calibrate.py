@@ -13,6 +13,7 @@ same gathered numbers, and so hold the same costs to the last bit; any decision 
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from itertools import groupby, pairwise
 from typing import NamedTuple
@@ -26,8 +27,12 @@ from seqpar.kv import PagedKV
 from seqpar.layers import ParallelAttention, ParallelDecoderLayer, QKVParallelLinear, UlyssesAttention
 from seqpar.partition import Layout, even_split
 from seqpar.plan.costs import Curve, LayerCosts, Prompt, SlotCosts
+from seqpar.plan.shift import StepCosts
 
-__all__ = ["calibrate"]
+__all__ = ["calibrate", "calibrate_layouts"]
+
+SMALL = 64
+"""Steps of up to so many tokens are measured four times as often: they take little time, and vary the more."""
 
 RESOLUTION = 0.01
 """Repeated measurements differ by this much and more, even of an idle machine."""
@@ -112,6 +117,65 @@ def calibrate(
     return _fit(probes, slots, window, f"measured on {where}, {tokens[0]} to {tokens[-1]} tokens")
 
 
+def calibrate_layouts(
+    layers: Sequence[ParallelDecoderLayer],
+    *,
+    layouts: Sequence[Layout],
+    group: ProcessGroup,
+    num_layers: int,
+    tokens: Sequence[int] = (1, 8, 64, 256, 1024, 4096),
+    rounds: int = 3,
+    progress: Progress | None = None,
+) -> StepCosts:
+    """Measure what a step of a stack of such layers takes under each layout, alike on every rank.
+
+    Every rank of the layers' mesh calls it with the same arguments. A step is one new request of that many tokens:
+    attention takes as long under all layouts, since a rank has the same heads in each. Layouts take turns in every
+    round; a round counts as its slowest rank's, of the rounds the fastest. On a simulated link in force, that link's
+    times are measured.
+
+    Args:
+        layers: like layers; all know the layouts.
+        layouts: those to measure.
+        group: all ranks of the mesh, `groups.flat`.
+        num_layers: of the whole stack.
+        tokens: sizes of steps to measure, increasing; between and beyond them costs go straight on.
+        rounds: measurements of each, after one that is not counted; four times as many up to 64 tokens.
+        progress: told how many measurements are done, and of how many.
+
+    Comm:  the layers' own, a gather of one number before each measurement, and of all results at the end.
+
+    Raises:
+        ValueError: no layers, layouts or rounds, sizes that are not increasing, or a layout that was not added.
+    """
+    _check(layers, tokens, rounds)
+    unknown = [tuple(layout) for layout in layouts for layer in layers if layout not in layer.ranks]
+    if unknown or not layouts:
+        raise ValueError(f"`layouts` must be some that were added to the layers, got {unknown[:1] or 'none'}")
+    turns = [rounds * (4 if size <= SMALL else 1) for size in tokens]
+    bench, found = _Bench(layers, tokens[-1], None), torch.full((len(layouts), len(tokens), max(turns)), torch.inf)
+    done, total = 0, len(layouts) * sum(turn + 1 for turn in turns)
+    with torch.no_grad():
+        for column, (size, count) in enumerate(zip(tokens, turns, strict=True)):
+            for turn in range(-1, count):
+                for row, layout in enumerate(layouts):
+                    comm.all_gather(_on_device(torch.zeros(1), group), group=group, label="calibrate")  # a common start
+                    seconds = bench.time(size, layout)
+                    if turn >= 0:
+                        found[row, column, turn] = seconds
+                    done += 1
+                    if progress is not None:
+                        progress(done, total)
+    everyone = comm.all_gather(_on_device(found[None], group), group=group, label="calibrate").cpu()
+    best = (everyone.amax(dim=0).amin(dim=2).double() * num_layers / len(layers)).tolist()
+    where = f"{group.size()} rank(s) of {bench.x.device.type}"
+    return StepCosts(
+        curves={layout: Curve(tuple(tokens), tuple(row)) for layout, row in zip(layouts, best, strict=True)},
+        source=f"measured on {where}, {tokens[0]} to {tokens[-1]} tokens",
+        resolution=RESOLUTION,
+    )
+
+
 class _Bench:
     """The layers, with inputs and a cache large enough for every probe."""
 
@@ -129,8 +193,7 @@ class _Bench:
 
     def run(self, probe: _Probe) -> tuple[list[_Wait], bool]:
         """The waits of one layer, in the mean over the layers, and whether they were on a simulated link."""
-        if 0 in self.kv.ids:
-            self.kv.free(0)
+        self._clear()
         if probe.prefix:  # of zeros: what nothing wrote could be slow to compute with, and would be refused
             prefix = self.kv.batch([0], [probe.prefix])
             zeros = self.x.new_zeros(1, 1, 1).expand(probe.prefix, self.kv.num_kv_heads, self.kv.head_dim)
@@ -152,6 +215,24 @@ class _Bench:
             for same in zip(*each, strict=True)
         ]
         return means, simulated
+
+    def time(self, tokens: int, layout: Layout) -> float:
+        """Seconds of all layers on a new request under a layout, one behind the other and undisturbed."""
+        self.layout = layout
+        self._clear()
+        batch = self.kv.batch([0], [tokens])
+        cos, sin = self.cos[:tokens], self.sin[:tokens]
+        x = self.x[: self._local(self.layers[0], tokens)].contiguous()
+        _finish(x)
+        start = time.perf_counter()
+        for layer in self.layers:
+            x = layer(x, batch, cos, sin, self.kv, layout=layout)
+        _finish(x)
+        return time.perf_counter() - start
+
+    def _clear(self) -> None:
+        if 0 in self.kv.ids:
+            self.kv.free(0)
 
     def _local(self, layer: ParallelDecoderLayer, tokens: int) -> int:
         """This rank's share of a step's tokens."""
@@ -278,6 +359,12 @@ def _slot(
     compute = tuple(max(0.0, c - per_pair_s * n) for (c, _), n in zip(measured, pairs, strict=False))
     comms = tuple(x for _, x in measured)
     return SlotCosts(Curve(tokens, compute), Curve(tokens, comms) if any(comms) else None, per_pair_s)
+
+
+def _finish(x: Tensor) -> None:
+    """Wait for what was launched on the device of `x`."""
+    if x.is_cuda:
+        torch.cuda.synchronize()
 
 
 def _on_device(x: Tensor, group: ProcessGroup) -> Tensor:

@@ -85,14 +85,34 @@ class StepCosts:
         """The layout of the least time; of equal ones that with the smallest tp."""
         return min(self.curves, key=lambda layout: self.seconds(layout, num_tokens))
 
-    def save(self, path: str | PathLike[str]) -> None:
-        """Write JSON that `load` reads."""
+    def to_json(self) -> str:
+        """The costs as text."""
         curves = [
             {"tp": layout.tp, "sp": layout.sp, "tokens": curve.tokens, "seconds": curve.seconds}
             for layout, curve in self.curves.items()
         ]
-        content = {"curves": curves, "source": self.source, "resolution": self.resolution}
-        Path(path).write_text(json.dumps(content, indent=1) + "\n")
+        return json.dumps({"curves": curves, "source": self.source, "resolution": self.resolution}, indent=1) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> StepCosts:
+        """Read what `to_json` gave.
+
+        Raises:
+            ValueError: the text does not hold such costs.
+        """
+        try:
+            content = json.loads(text)
+            curves = {
+                Layout(each["tp"], each["sp"]): Curve(tuple(each["tokens"]), tuple(each["seconds"]))
+                for each in content["curves"]
+            }
+            return cls(curves, content["source"], content["resolution"])
+        except (TypeError, KeyError, AttributeError, json.JSONDecodeError) as error:
+            raise ValueError(f"`text` must hold step costs as `to_json` gives them, got {error!r}") from None
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write JSON that `load` reads."""
+        Path(path).write_text(self.to_json())
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> StepCosts:
@@ -102,14 +122,9 @@ class StepCosts:
             ValueError: the file does not hold such costs.
         """
         try:
-            content = json.loads(Path(path).read_text())
-            curves = {
-                Layout(each["tp"], each["sp"]): Curve(tuple(each["tokens"]), tuple(each["seconds"]))
-                for each in content["curves"]
-            }
-            return cls(curves, content["source"], content["resolution"])
-        except (TypeError, KeyError, AttributeError, json.JSONDecodeError) as error:
-            raise ValueError(f"`path` must hold step costs as `save` writes them, got {path}: {error!r}") from None
+            return cls.from_json(Path(path).read_text())
+        except ValueError as error:
+            raise ValueError(f"`path` must hold step costs as `save` writes them, got {path}: {error}") from None
 
 
 @dataclass(frozen=True)
