@@ -4,7 +4,7 @@ from seqpar.kernels.attention import attention
 from seqpar.kernels.dispatch import Backend, choose_backend
 from seqpar.kernels.invariance import is_cut_invariant, is_row_invariant
 from seqpar.kernels.linear import linear, linear_backend
-from seqpar.kernels.merge import merge
+from seqpar.kernels.merge import add_sinks, merge
 from seqpar.kernels.rms_norm import rms_norm
 from seqpar.kernels.rotary import RopeConfig, rope_table, rotary
 from seqpar.kernels.swiglu import swiglu
@@ -12,6 +12,7 @@ from seqpar.kernels.swiglu import swiglu
 __all__ = [
     "Backend",
     "RopeConfig",
+    "add_sinks",
     "attention",
     "choose_backend",
     "is_cut_invariant",

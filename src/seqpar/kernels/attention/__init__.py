@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from seqpar.kernels.attention import pytorch, reference
 from seqpar.kernels.dispatch import Backend, choose_backend, unknown_backend
+from seqpar.kernels.merge.sinks import check_sinks
 from seqpar.ragged import RaggedBatch
 
 __all__ = ["attention"]
@@ -22,6 +25,7 @@ def attention(
     softmax_scale: float | None = None,
     window: int | None = None,
     kv_head_of: tuple[int, ...] | None = None,
+    sinks: Float[Tensor, " h"] | None = None,
     deterministic: bool = False,
     backend: Backend = "auto",
 ) -> tuple[Float[Tensor, "t h d"], Float[Tensor, "t h"]]:
@@ -30,8 +34,10 @@ def attention(
     In:    q[T, H, D]; k, v either flat [sum(kv_lens), G, D], the requests one after another, when the batch has no
            cache, or pages [pages, page_size, G, D] that hold the new tokens already. Views with unit stride in D are
            read in place.
-    Out:   out[T, H, D] in the dtype of q; lse[T, H], natural log, float32 (float64 for float64); both contiguous.
-    Grad:  to q, k, v through `out`; through `lse` with backend="reference" only, elsewhere an error.
+    Out:   out[T, H, D] in the dtype of q; lse[T, H], natural log, float32 (float64 for float64), of all that is in the
+           softmax, the sinks included; both contiguous. Of partials that are to be merged, give the sinks to one, or
+           to none and `add_sinks` to the merged one.
+    Grad:  to q, k, v and the sinks through `out`; through `lse` with backend="reference" only, elsewhere an error.
 
     Args:
         q: Queries of the new tokens.
@@ -41,35 +47,39 @@ def attention(
         softmax_scale: Factor on the scores; D ** -0.5 by default.
         window: Keys that a token sees, itself included; None for all before it.
         kv_head_of: KV head that each query head reads, non-decreasing; query heads are shared out evenly by default.
+        sinks: A score of each query head that joins its softmax and has no value (gpt-oss), in any floating dtype; -inf
+            is none. They cost a pass over `out` each way and no further call of an operator; only on CUDA in half
+            precision does training with them run on the memory-efficient operator instead of FlashAttention.
         deterministic: On a CPU, compute a request's new tokens in blocks of 64, so that chunks cut at multiples of 64
             give the bits of all at once (`is_cut_invariant`). Prompts of 512 and 2048 tokens take 0.8 and 1.25 times
             as long as otherwise (16 / 4 heads of 64; one Xeon core, November 2026).
         backend: "torch" (fused operators), "reference" (the definition), or "auto", see `choose_backend`.
 
     Raises:
-        ValueError: shapes, dtypes, devices, the window or the head map contradict each other.
+        ValueError: shapes, dtypes, devices, the window, the head map or the sinks contradict each other.
     """
     key = ("attention", q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, window, kv_head_of)
     heads: tuple[int, ...] | None = batch.plans.get(key)
     if heads is None:
         heads = batch.plans[key] = _check(q, k, v, batch, window, kv_head_of)
+    if sinks is not None:
+        check_sinks(sinks, q)
     if backend == "auto":
         backend = choose_backend("attention", q.device, q.dtype)
     if not heads or not batch.num_tokens:
-        return _nothing(q, k, v)
+        return _nothing(q, k, v, sinks)
     scale = q.shape[2] ** -0.5 if softmax_scale is None else softmax_scale
+    options: dict[str, Any] = {"softmax_scale": scale, "window": window, "kv_head_of": heads, "sinks": sinks}
     if backend == "torch":
-        return pytorch.attention(
-            q, k, v, batch, softmax_scale=scale, window=window, kv_head_of=heads, deterministic=deterministic
-        )
+        return pytorch.attention(q, k, v, batch, deterministic=deterministic, **options)
     if backend == "reference":
-        return reference.attention(q, k, v, batch, softmax_scale=scale, window=window, kv_head_of=heads)
+        return reference.attention(q, k, v, batch, **options)
     raise unknown_backend(backend)
 
 
-def _nothing(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """The empty result, still a function of q, k, v: the backward pass of a rank without tokens has collectives too."""
-    out = q + k[:0].sum() + v[:0].sum()
+def _nothing(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The empty result, still a function of all inputs: a rank without tokens has collectives in backward too."""
+    out = q + k[:0].sum() + v[:0].sum() + (0 if sinks is None else sinks[:0].sum().to(q.dtype))
     return out, out.sum(-1).to(torch.promote_types(q.dtype, torch.float32))
 
 

@@ -20,8 +20,9 @@ def attention(
     softmax_scale: float,
     window: int | None,
     kv_head_of: tuple[int, ...],
+    sinks: Float[Tensor, " h"] | None = None,
 ) -> tuple[Float[Tensor, "t h d"], Float[Tensor, "t h"]]:
-    """Causal attention in at least float32; gradients flow through both results."""
+    """Causal attention in at least float32, a sink being one more column; gradients flow through both results."""
     dtype = torch.promote_types(q.dtype, torch.float32)
     heads = torch.tensor(kv_head_of, dtype=torch.int64, device=q.device)
     outs, lses = [q.new_zeros(0, *q.shape[1:])], [q.new_zeros(0, q.shape[1], dtype=dtype)]
@@ -30,8 +31,11 @@ def attention(
         keys, values = (request_keys(x, batch, request)[:, heads].to(dtype) for x in (k, v))
         scores = torch.einsum("shd,nhd->hsn", q[rows].to(dtype), keys) * softmax_scale
         scores = scores.masked_fill(~visible(batch, request, window).to(q.device), -torch.inf)
+        if sinks is not None:
+            scores = torch.cat([scores, sinks.to(dtype)[:, None, None].expand(-1, scores.shape[1], 1)], -1)
         lse = scores.logsumexp(-1)
-        outs.append(torch.einsum("hsn,nhd->shd", (scores - lse[..., None]).exp(), values).to(q.dtype))
+        weights = (scores - lse[..., None]).exp()[..., : len(values)]
+        outs.append(torch.einsum("hsn,nhd->shd", weights, values).to(q.dtype))
         lses.append(lse.transpose(0, 1))
     return torch.cat(outs), torch.cat(lses)
 

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from seqpar.kernels.dispatch import Backend, choose_backend, unknown_backend
 from seqpar.kernels.merge import pytorch, reference
+from seqpar.kernels.merge.sinks import add_sinks
 
-__all__ = ["merge"]
+__all__ = ["add_sinks", "merge"]
 
 
 def merge(
