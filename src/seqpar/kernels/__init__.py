@@ -2,6 +2,7 @@
 
 from seqpar.kernels.attention import attention
 from seqpar.kernels.dispatch import Backend, choose_backend
+from seqpar.kernels.experts import combine, experts, route, sort_by_expert
 from seqpar.kernels.invariance import is_cut_invariant, is_row_invariant
 from seqpar.kernels.linear import linear, linear_backend
 from seqpar.kernels.merge import add_sinks, merge
@@ -15,6 +16,8 @@ __all__ = [
     "add_sinks",
     "attention",
     "choose_backend",
+    "combine",
+    "experts",
     "is_cut_invariant",
     "is_row_invariant",
     "linear",
@@ -23,5 +26,7 @@ __all__ = [
     "rms_norm",
     "rope_table",
     "rotary",
+    "route",
+    "sort_by_expert",
     "swiglu",
 ]

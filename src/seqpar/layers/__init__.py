@@ -22,6 +22,7 @@ from seqpar.layers.linear import (
     Shard,
 )
 from seqpar.layers.mlp import ParallelMLP
+from seqpar.layers.moe import ExpertPlacement, ParallelMoE
 from seqpar.layers.norm import RMSNorm
 from seqpar.layers.overlap import OverlappedAttention, OverlappedMLP
 from seqpar.layers.threephase import PipelinedUlysses
@@ -29,6 +30,7 @@ from seqpar.layers.ulysses import UlyssesAttention
 
 __all__ = [
     "ColumnParallelLinear",
+    "ExpertPlacement",
     "GateUpParallelLinear",
     "OverlappedAttention",
     "OverlappedMLP",
@@ -36,6 +38,7 @@ __all__ = [
     "ParallelDecoderLayer",
     "ParallelLMHead",
     "ParallelMLP",
+    "ParallelMoE",
     "PipelinedUlysses",
     "QKVParallelLinear",
     "RMSNorm",

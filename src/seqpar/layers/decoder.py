@@ -18,6 +18,7 @@ from seqpar.kv import PagedKV
 from seqpar.layers.base import check_covered, drop_child_names, find_layout
 from seqpar.layers.linear import QKVParallelLinear, RowParallelLinear, enter_steps
 from seqpar.layers.mlp import ParallelMLP, given
+from seqpar.layers.moe import ExpertPlacement, ParallelMoE, is_mixture
 from seqpar.layers.norm import RMSNorm
 from seqpar.layers.threephase import PipelinedUlysses
 from seqpar.layers.ulysses import UlyssesAttention
@@ -178,7 +179,7 @@ class ParallelDecoderLayer(nn.Module):
 
     Args:
         self_attn: usually a `ParallelAttention`.
-        mlp: usually a `ParallelMLP`.
+        mlp: usually a `ParallelMLP` or a `ParallelMoE`.
         input_layernorm, post_attention_layernorm: norms over the model dim.
         groups: the ranks it runs over.
         sequence_sharded: activations between the linears are split over `tp` as well as `sp` (arXiv:2205.05198).
@@ -213,10 +214,12 @@ class ParallelDecoderLayer(nn.Module):
         sequence_sharded: bool = False,
         pipeline: ThreePhase | None = None,
         wire: Wire | None = None,
+        experts: ExpertPlacement = "tp",
     ) -> ParallelDecoderLayer:
         """Slice a decoder layer whose children have the names of Transformers' Llama.
 
-        All that its parts exchange travels in the format `wire`; see `seqpar.comm.wire`.
+        All that its parts exchange travels in the format `wire`; see `seqpar.comm.wire`. An `mlp` that is a mixture of
+        experts becomes a `ParallelMoE` with its `experts` placed so.
         """
         attention = ParallelAttention.from_module(
             _child(layer, "self_attn"),
@@ -229,8 +232,12 @@ class ParallelDecoderLayer(nn.Module):
             pipeline=pipeline,
             wire=wire,
         )
-        mlp = ParallelMLP.from_module(
-            _child(layer, "mlp"), group=groups.tp, sp=heads.sp, sequence_sharded=sequence_sharded, wire=wire
+        whole = _child(layer, "mlp")
+        options: dict[str, Any] = {"sequence_sharded": sequence_sharded, "wire": wire}
+        mlp = (
+            ParallelMoE.from_module(whole, groups=groups, experts=experts, **options)
+            if is_mixture(whole)
+            else ParallelMLP.from_module(whole, group=groups.tp, sp=heads.sp, **options)
         )
         norms = [
             RMSNorm.from_module(_child(layer, name), over_tp=sequence_sharded)
@@ -242,9 +249,12 @@ class ParallelDecoderLayer(nn.Module):
 
     def add_layout(self, layout: Layout, *, groups: Groups) -> None:
         """Make `steps(x, layout=layout)` available over `groups`, on views of the stored weights."""
-        assert isinstance(self.self_attn, ParallelAttention) and isinstance(self.mlp, ParallelMLP)
+        assert isinstance(self.self_attn, ParallelAttention) and isinstance(self.mlp, ParallelMLP | ParallelMoE)
         self.self_attn.add_layout(layout, groups=groups)
-        self.mlp.add_layout(layout, group=groups.tp)
+        if isinstance(self.mlp, ParallelMoE):
+            self.mlp.add_layout(layout, groups=groups)
+        else:
+            self.mlp.add_layout(layout, group=groups.tp)
         self.ranks[layout] = _Place.of(groups)
 
     def steps(

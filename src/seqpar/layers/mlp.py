@@ -94,7 +94,7 @@ class ParallelMLP(nn.Module):
         gate, up, down = (part for part in parts)
         if not (isinstance(gate, nn.Linear) and isinstance(up, nn.Linear) and isinstance(down, nn.Linear)):
             raise TypeError(f"`mlp` must have linear gate_proj, up_proj and down_proj, got {type(mlp).__name__}")
-        _check_activation(getattr(mlp, "act_fn", F.silu))
+        check_activation(getattr(mlp, "act_fn", F.silu))
         new = cls.__new__(cls)
         options: dict[str, Any] = {"group": group, "sp": sp, "sequence_sharded": sequence_sharded, "wire": wire}
         new._build(
@@ -150,7 +150,7 @@ class _Place(NamedTuple):
     blocks: tuple[int, ...]
 
 
-def _check_activation(act_fn: Callable[[Tensor], Tensor]) -> None:
+def check_activation(act_fn: Callable[[Tensor], Tensor]) -> None:
     """Raise ValueError unless `act_fn` is a SiLU, by its values."""
     probe = torch.linspace(-4, 4, 9)
     if not torch.allclose(act_fn(probe), F.silu(probe)):
