@@ -199,6 +199,7 @@ def _to_heads_steps(
         group,
         label,
         code,
+        x.shape,
         lambda recv: recv.view(rows, width),
     )
     result = yield handle
@@ -219,6 +220,7 @@ def _to_seq_steps(
         group,
         label,
         code,
+        x.shape,
         lambda recv: plan.unpack(recv, rows),
     )
     result = yield handle
@@ -232,15 +234,18 @@ def _exchange(
     group: ProcessGroup,
     label: str,
     code: Code | None,
+    shape: Sequence[int],
     finish: Callable[[Tensor], Tensor],
 ) -> Handle:
-    """Launch the all-to-all of a flat buffer; `finish` gets what arrives."""
+    """Launch the all-to-all of a flat buffer, of a tensor of that shape; `finish` gets what arrives."""
     code = Code.of(flat, None) if code is None else code
     sent, rank = code.encode(flat), group.rank()
     send, received = ([code.size(size) for size in sizes] for sizes in (send_sizes, recv_sizes))
     recv = sent.new_empty(sum(received))
     count("all_to_all", label, (sent.numel() - send[rank]) * sent.itemsize)
-    return exchange("all_to_all", label, group, (sent, send), (recv, received), lambda: finish(code.decode(recv)))
+    return exchange(
+        "all_to_all", label, group, (sent, send), (recv, received), lambda: finish(code.decode(recv)), shape=shape
+    )
 
 
 def _code(plan: Reshard, x: Tensor, wire: Wire | None, head_dim: int | None) -> Code | None:

@@ -21,6 +21,7 @@ __all__ = ["ShardedModule", "Source", "gather_state_dict", "iter_sources", "name
 
 
 Found = TypeVar("Found")
+Part = TypeVar("Part", bound=nn.Module)
 
 
 class Source(NamedTuple):
@@ -308,6 +309,18 @@ def find_layout(known: Mapping[Any, Found], layout: Layout | None) -> Found:
     except KeyError:
         added = ", ".join(str(tuple(other)) for other in known if other is not None)
         raise ValueError(f"`layout` must be one of {added}, got {layout}; see add_layout") from None
+
+
+def part_of(module: nn.Module, name: str, kind: type[Part]) -> Part:
+    """A child that is to run in another layout.
+
+    Raises:
+        TypeError: it is another's module, such as a wrapper, which knows of no layouts.
+    """
+    part = getattr(module, name)
+    if not isinstance(part, kind):
+        raise TypeError(f"`{name}` must be a {kind.__name__} to run in other layouts, got {type(part).__name__}")
+    return part
 
 
 def check_covered(module: nn.Module, sliced: nn.Module) -> None:

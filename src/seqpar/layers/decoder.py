@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from seqpar import comm
 from seqpar.comm import Groups, ProcessGroup, Steps, Wire
 from seqpar.kv import PagedKV
-from seqpar.layers.base import check_covered, drop_child_names, find_layout
+from seqpar.layers.base import check_covered, drop_child_names, find_layout, part_of
 from seqpar.layers.linear import QKVParallelLinear, RowParallelLinear, enter_steps
 from seqpar.layers.mlp import ParallelMLP, given
 from seqpar.layers.moe import ExpertPlacement, ParallelMoE, is_mixture
@@ -110,11 +110,16 @@ class ParallelAttention(nn.Module):
         return new
 
     def add_layout(self, layout: Layout, *, groups: Groups) -> None:
-        """Make `steps(x, layout=layout)` available; see `ColumnParallelLinear.add_layout`."""
-        assert isinstance(self.qkv_proj, QKVParallelLinear) and isinstance(self.o_proj, RowParallelLinear)
-        self.qkv_proj.add_layout(layout, group=groups.tp)
+        """Make `steps(x, layout=layout)` available over `groups`, on views of the stored weights.
+
+        Raises:
+            ValueError: a layout that the stored one does not reach, or groups of another one.
+            TypeError: a part that is wrapped.
+        """
+        qkv_proj, o_proj = part_of(self, "qkv_proj", QKVParallelLinear), part_of(self, "o_proj", RowParallelLinear)
+        qkv_proj.add_layout(layout, group=groups.tp)
         self.core.add_layout(layout, group=groups.sp)
-        self.o_proj.add_layout(layout, group=groups.tp)
+        o_proj.add_layout(layout, group=groups.tp)
         self.tp_groups[layout] = groups.tp
 
     def steps(
@@ -248,13 +253,19 @@ class ParallelDecoderLayer(nn.Module):
         return new
 
     def add_layout(self, layout: Layout, *, groups: Groups) -> None:
-        """Make `steps(x, layout=layout)` available over `groups`, on views of the stored weights."""
-        assert isinstance(self.self_attn, ParallelAttention) and isinstance(self.mlp, ParallelMLP | ParallelMoE)
-        self.self_attn.add_layout(layout, groups=groups)
-        if isinstance(self.mlp, ParallelMoE):
-            self.mlp.add_layout(layout, groups=groups)
+        """Make `steps(x, layout=layout)` available over `groups`, on views of the stored weights.
+
+        Raises:
+            ValueError: a layout that the stored one does not reach, or groups of another one.
+            TypeError: a part that is wrapped.
+        """
+        attention = part_of(self, "self_attn", ParallelAttention)
+        mlp = self.mlp if isinstance(self.mlp, ParallelMoE) else part_of(self, "mlp", ParallelMLP)
+        attention.add_layout(layout, groups=groups)
+        if isinstance(mlp, ParallelMoE):
+            mlp.add_layout(layout, groups=groups)
         else:
-            self.mlp.add_layout(layout, group=groups.tp)
+            mlp.add_layout(layout, group=groups.tp)
         self.ranks[layout] = _Place.of(groups)
 
     def steps(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from seqpar import comm
 from seqpar.comm import ProcessGroup, Steps, Wire
 from seqpar.kernels import swiglu
-from seqpar.layers.base import check_covered, drop_child_names, find_layout
+from seqpar.layers.base import check_covered, drop_child_names, find_layout, part_of
 from seqpar.layers.linear import GateUpParallelLinear, RowParallelLinear, Tokens, enter_steps
 from seqpar.partition import Layout
 
@@ -104,9 +104,14 @@ class ParallelMLP(nn.Module):
         return new
 
     def add_layout(self, layout: Layout, *, group: ProcessGroup) -> None:
-        """Make `steps(x, layout=layout)` available; see `ColumnParallelLinear.add_layout`."""
-        gate_up, down = self.gate_up_proj, self.down_proj
-        assert isinstance(gate_up, GateUpParallelLinear) and isinstance(down, RowParallelLinear)
+        """Make `steps(x, layout=layout)` available over `group`, on views of the stored weights.
+
+        Raises:
+            ValueError: a layout that the stored one does not reach, or a group of another one.
+            TypeError: a part that is wrapped.
+        """
+        gate_up = part_of(self, "gate_up_proj", GateUpParallelLinear)
+        down = part_of(self, "down_proj", RowParallelLinear)
         gate_up.add_layout(layout, group=group)
         down.add_layout(layout, group=group)
         self.places[layout] = _Place(group, gate_up.blocks(layout))

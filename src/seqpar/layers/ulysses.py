@@ -101,13 +101,13 @@ class UlyssesAttention(nn.Module):
         Raises:
             ValueError: `layout` gives this rank other heads, or `group` has another size than its sp.
         """
-        tp_rank = self.rank // layout.sp
         if layout.size != self.heads.size or layout.sp != group.size() or self.rank % layout.sp != group.rank():
             raise ValueError(
                 f"`layout` must place flat rank {self.rank} of {self.heads.size} at rank {group.rank()} of a group of "
-                f"{group.size()}, got {layout}"
+                f"{group.size()}, got {layout}; layouts of these ranks are "
+                f"{', '.join(str(tuple(other)) for other in Layout(1, self.heads.size).reachable)}"
             )
-        self.exchanges[layout] = self._exchange(self.heads.on(layout), group, tp_rank)
+        self.exchanges[layout] = self._exchange(self.heads.on(layout), group, self.rank // layout.sp)
 
     def pack(self, q: Float[Tensor, "t h d"], k: Float[Tensor, "t g d"], v: Float[Tensor, "t g d"]) -> Tensor:
         """Lay separate projections out as `steps` takes them: [T, C] in the order of `HeadMap.storage`."""
