@@ -164,3 +164,57 @@ def test_a_wire_format_above_its_bound_prints_no_numbers(tmp_path: Path) -> None
     assert ran.returncode == 1
     assert "WRONG RESULT" in ran.stderr and "int8 on 2 ranks: error above the stated bound" in ran.stderr
     assert "bytes" not in ran.stdout
+
+
+@pytest.fixture
+def shift(common, monkeypatch: pytest.MonkeyPatch):
+    import shift
+
+    return shift
+
+
+def test_traffic_is_served_by_hand(shift) -> None:
+    """Four tokens a step: 4 of A; the other 2 of A and 2 of B, both first tokens; the second one of A."""
+    import traffic
+
+    requests = [traffic.Request(0.0, 6, 2), traffic.Request(0.5, 2, 1)]
+    found = traffic.serve(requests, lambda tokens: 1.0, budget=4)
+    assert found.steps == (4, 4, 1)
+    assert (found.ttft_s, found.tpot_s, found.tokens_per_s) == ((2.0 + 1.5) / 2, 1.0, 11 / 3)
+    late = traffic.serve([traffic.Request(3.0, 6, 2), traffic.Request(9.0, 2, 1)], float, budget=4)
+    assert late.steps == (4, 2, 3) and late.ttft_s == (6.0 + 3.0) / 2  # a step takes a second a token
+
+
+def test_bursts_are_the_same_for_a_seed_and_come_in_phases(shift) -> None:
+    import traffic
+
+    requests = traffic.bursty(80, 1e4, phase=40)
+    assert requests == traffic.bursty(80, 1e4, phase=40) != traffic.bursty(80, 1e4, phase=40, seed=1)
+    quiet, burst = requests[39].arrival_s, requests[79].arrival_s - requests[39].arrival_s
+    assert quiet > 5 * burst
+
+
+def test_auto_is_judged_by_what_it_has_not_seen(shift) -> None:
+    """Even repetitions say that tensor parallelism is the faster one, odd ones that it is not: all of it is regret."""
+    from seqpar.partition import Layout
+
+    sizes = (1, 8, 64)
+    steps = {
+        Layout(2, 1): {n: shift.Step([], [], [1.0 * n, 3.0 * n] * 2) for n in sizes},
+        Layout(1, 2): {n: shift.Step([], [], [2.0 * n, 2.0 * n] * 2) for n in sizes},
+    }
+    verdict = shift.judge("made up", steps, sizes, None, 20)
+    assert [verdict.regret(n) for n in sizes] == [0.5] * 3
+    rows = {row.name: row for row in shift.rows_of([verdict])}
+    assert not rows["made up, 8 token(s): regret of auto (2x1)"].ok
+    assert not rows["made up, trace, tpot: regret of auto"].ok
+    assert rows["made up, trace, tpot: regret of auto"].value == pytest.approx(0.5)
+    assert rows["made up, trace, tokens/s: regret of auto"].value > 0
+
+
+def test_a_replayed_step_waits_for_its_link(shift) -> None:
+    """Slots of 1, 2 and 3 s, sums of 100 and 200 bytes at 100 bytes a second: 6 + 3 s; medians are of each slot."""
+    from seqpar.comm import SimulatedLink
+
+    step = shift.Step([[1.0, 2.0, 3.0], [1.0, 9.0, 3.0], [1.0, 2.0, 0.0]], [100, 200], [])
+    assert step.seconds(slice(None), SimulatedLink(0.0, 100.0)) == pytest.approx(9.0)
