@@ -14,6 +14,7 @@ from seqpar.layers.base import (
 )
 from seqpar.layers.decoder import ParallelAttention, ParallelDecoderLayer
 from seqpar.layers.embedding import ParallelLMHead, VocabParallelEmbedding, gather_rows, gather_rows_steps
+from seqpar.layers.heads import HeadParameter
 from seqpar.layers.linear import (
     ColumnParallelLinear,
     GateUpParallelLinear,
@@ -32,6 +33,7 @@ __all__ = [
     "ColumnParallelLinear",
     "ExpertPlacement",
     "GateUpParallelLinear",
+    "HeadParameter",
     "OverlappedAttention",
     "OverlappedMLP",
     "ParallelAttention",

@@ -16,6 +16,7 @@ from seqpar import comm
 from seqpar.comm import Groups, ProcessGroup, Steps, Wire
 from seqpar.kv import PagedKV
 from seqpar.layers.base import check_covered, drop_child_names, find_layout, part_of
+from seqpar.layers.heads import HeadParameter
 from seqpar.layers.linear import QKVParallelLinear, RowParallelLinear, enter_steps
 from seqpar.layers.mlp import ParallelMLP, given
 from seqpar.layers.moe import ExpertPlacement, ParallelMoE, is_mixture
@@ -66,7 +67,7 @@ class ParallelAttention(nn.Module):
         pipeline: ThreePhase | None = None,
         wire: Wire | None = None,
     ) -> ParallelAttention:
-        """Slice an attention module with q_proj, k_proj, v_proj, o_proj and, where it has them, q_norm and k_norm.
+        """Slice an attention module with q_proj, k_proj, v_proj, o_proj and, where it has them, q_norm, k_norm, sinks.
 
         A `pipeline` makes the core a `PipelinedUlysses`. All that the parts exchange travels in the format `wire`, see
         `seqpar.comm.wire`.
@@ -84,6 +85,9 @@ class ParallelAttention(nn.Module):
                 ("k_norm", getattr(attention, "k_norm", None)),
             )
         }
+        sinks = getattr(attention, "sinks", None)
+        if isinstance(sinks, Tensor):
+            sinks = HeadParameter.from_tensor("sinks", sinks, heads=heads, group=groups.flat)
         cut: dict[str, Any] = {} if pipeline is None else asdict(pipeline)
         core = (PipelinedUlysses if cut else UlyssesAttention)(
             heads,
@@ -94,6 +98,7 @@ class ParallelAttention(nn.Module):
             softmax_scale=softmax_scale,
             layer_index=layer_index,
             wire=wire,
+            sinks=sinks,
             **norms,
             **cut,
         )

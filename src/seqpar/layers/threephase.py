@@ -47,6 +47,7 @@ class _Part(NamedTuple):
 
     columns: dict[Literal["q", "k", "v"], Columns]
     widths: tuple[int, ...]
+    q_heads: Range
     kv_heads: Range
     kv_head_of: tuple[int, ...] | None
 
@@ -145,7 +146,7 @@ class PipelinedUlysses(UlyssesAttention):
             read = tuple(head - kv.start for head in kv_head_of[q.start : q.stop])
             scaled = {k: tuple(tuple(r.scale(dim) for r in rank) for rank in v) for k, v in columns.items()}
             widths = tuple(rank[index].q.size * dim for rank in peers)
-            found.append(_Part(scaled, widths, kv, None if uniform(read, kv.size) else read))
+            found.append(_Part(scaled, widths, q, kv, None if uniform(read, kv.size) else read))
         return tuple(found)
 
 
@@ -218,7 +219,7 @@ class AttentionParts:
     def attend_steps(self, group: int, chunk: int) -> Steps[Tensor]:
         """Wait for a chunk's queries, and attend: [tokens of the chunk, heads of the group here * D]."""
         part, core = self.groups[group], self._core
-        options = core._attention_options(part.kv_head_of)
+        options = core._attention_options(part.q_heads, part.kv_head_of)
         q = self._queries.pop((group, chunk), None)
         if q is None:
             q = yield from self._query_steps(group, chunk)

@@ -15,7 +15,7 @@ fused form with replicated KV heads is Shift Parallelism's (arXiv:2509.16495).
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from einops import rearrange
@@ -27,7 +27,8 @@ from seqpar.comm import Mark, ProcessGroup, Steps
 from seqpar.kernels import attention, rotary
 from seqpar.kernels.quantize import Wire, check_wire
 from seqpar.kv import PagedKV
-from seqpar.layers.base import find_layout
+from seqpar.layers.base import drop_child_names, find_layout
+from seqpar.layers.heads import HeadParameter
 from seqpar.partition import HeadMap, Layout, Range, even_ranges, even_split
 from seqpar.ragged import RaggedBatch, Tail
 
@@ -53,6 +54,7 @@ class UlyssesAttention(nn.Module):
         group: the sequence ranks.
         tp_rank: which tensor-parallel shard of the heads the QKV columns are.
         q_norm, k_norm: applied to each head before the rotary embedding (Qwen3).
+        sinks: a score of each query head that joins its softmax and has no value (gpt-oss).
         window: visible keys including the query's own; None for all.
         softmax_scale: factor of the scores; 1/sqrt(D) by default.
         layer_index: which layer of the cache this is.
@@ -60,6 +62,7 @@ class UlyssesAttention(nn.Module):
     """
 
     label: str = ""
+    unnamed: ClassVar[tuple[str, ...]] = ("sinks",)
 
     def __init__(
         self,
@@ -70,6 +73,7 @@ class UlyssesAttention(nn.Module):
         tp_rank: int = 0,
         q_norm: nn.Module | None = None,
         k_norm: nn.Module | None = None,
+        sinks: HeadParameter | None = None,
         window: int | None = None,
         softmax_scale: float | None = None,
         layer_index: int = 0,
@@ -89,6 +93,10 @@ class UlyssesAttention(nn.Module):
         self.softmax_scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
         self.q_norm, self.k_norm = q_norm, k_norm
         self.rank = tp_rank * heads.sp + group.rank()
+        self.sinks = sinks
+        if sinks is not None:
+            self._check_sinks(sinks)
+            drop_child_names(self, self.unnamed)
         self.num_heads, self.num_kv_heads = heads.q_ranges[self.rank].size, heads.kv_ranges[self.rank].size
         kv_head_of = heads.kv_head_of(self.rank)
         self.kv_head_of = None if uniform(kv_head_of, self.num_kv_heads) else kv_head_of
@@ -264,9 +272,19 @@ class UlyssesAttention(nn.Module):
         x = x if norm is None else norm(x)
         return x if cos is None or sin is None else rotary(x, cos, sin)
 
-    def _attention_options(self, kv_head_of: tuple[int, ...] | None) -> dict[str, Any]:
-        """What the kernel is to know, of heads that read their KV heads by `kv_head_of`."""
+    def _check_sinks(self, sinks: HeadParameter) -> None:
+        """Refuse sinks that are not one number for each query head of this rank."""
+        found = sinks.heads.on(self.heads.layout) if sinks.heads.size == self.heads.size else sinks.heads
+        if (found, sinks.group.rank(), sinks.shape) != (self.heads, self.rank, ()):
+            raise ValueError(
+                f"`sinks` must be a number for each of the heads of flat rank {self.rank} of {self.heads}, got "
+                f"{sinks.shape} for each of those of rank {sinks.group.rank()} of {sinks.heads}"
+            )
+
+    def _attention_options(self, q_heads: Range, kv_head_of: tuple[int, ...] | None) -> dict[str, Any]:
+        """What the kernel is to know, of local query heads that read their KV heads by `kv_head_of`."""
         return {
+            "sinks": None if self.sinks is None else self.sinks()[slice(*q_heads)],
             "softmax_scale": self.softmax_scale,
             "window": self.window,
             "kv_head_of": kv_head_of,
@@ -276,7 +294,7 @@ class UlyssesAttention(nn.Module):
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, batch: RaggedBatch, kv: PagedKV | None, tail: Tail | None
     ) -> Tensor:
-        options = self._attention_options(self.kv_head_of)
+        options = self._attention_options(Range(0, self.num_heads), self.kv_head_of)
         if kv is not None:
             kv.append(self.layer_index, k.detach(), v.detach(), batch)
         if batch.kv_lens == batch.q_lens:
