@@ -2,9 +2,10 @@
 
     torchrun --nproc-per-node 2 examples/demo.py          # or: make demo, RANKS=4 make demo
 
-For every factorisation tp x sp of the ranks it loads the checkpoint by slices, runs Hugging Face's own `generate`,
-streams the text, and compares every token with the unswapped Transformers model in the same process. It ends with a
-table of speed, traffic and memory per layout, and with exit code 1 if any token differs.
+For every factorisation tp x sp of the ranks, and once for prefills under Ulysses and decodes under tensor parallelism
+(Shift), it loads the checkpoint by slices, runs Hugging Face's own `generate`, streams the text, and compares every token
+with the unswapped Transformers model in the same process. It ends with a table of speed, traffic and memory per layout,
+and with exit code 1 if any token differs.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from seqpar import comm
 from seqpar.partition import Layout
 
 CHECKPOINT = Path(__file__).parent / "tiny-llama"
+SHIFT = 32  # up to so many tokens a step is tensor-parallel over all ranks
 PROMPTS = (
     'def read_config(path, encoding=\'utf-8\'):\n    """Read a configuration file and return',
     "class Stack:\n    def __init__(self):\n        self.items = []\n\n    def push(self, item):\n",
@@ -39,7 +41,7 @@ PROMPTS = (
 class Row:
     """What one layout did; rates per second, bytes on this rank."""
 
-    layout: Layout
+    name: str
     prefill: float
     decode: float
     prefill_bytes: float
@@ -67,7 +69,9 @@ def main() -> int:
         )
         print("reference: the unswapped Transformers model ...", flush=True)
     expected = reference(options, tokenizer, prompts, long_prompt)
-    rows = [run(options, layout, tokenizer, prompts, long_prompt, expected) for layout in layouts(world)]
+    cases: list[tuple[Layout, int | str]] = [(layout, "off") for layout in layouts(world)]
+    cases += [(Layout(1, world), SHIFT)] if world > 1 else []
+    rows = [run(options, layout, shift, tokenizer, prompts, long_prompt, expected) for layout, shift in cases]
     if rank == 0:
         show(rows)
     return 0 if all(row.correct for row in rows) else 1
@@ -107,20 +111,26 @@ def reference(options, tokenizer, prompts, long_prompt) -> tuple[torch.Tensor, .
     )
 
 
-def run(options, layout, tokenizer, prompts, long_prompt, expected) -> Row:
+def run(options, layout, shift, tokenizer, prompts, long_prompt, expected) -> Row:
     """Load under one layout, check every token, measure."""
+    name = f"{layout.tp} x {layout.sp}" + ("" if shift == "off" else " shift")
     mesh = seqpar.init_mesh(tp=layout.tp, sp=layout.sp)
     first = comm.groups(mesh).flat.rank() == 0
     if first:
-        print(f"\n=== tp={layout.tp} sp={layout.sp} " + "=" * 60, flush=True)
+        print(f"\n=== tp x sp = {name} " + "=" * 60, flush=True)
     model = seqpar.hf.load(
-        options.model, mesh, dtype=torch.float32, progress=first, sequence_sharded=options.sequence_sharded
+        options.model,
+        mesh,
+        dtype=torch.float32,
+        progress=first,
+        sequence_sharded=options.sequence_sharded,
+        shift=shift,
     )
     one = tokenizer([PROMPTS[0]], return_tensors="pt")
     streamer = TextStreamer(tokenizer, skip_special_tokens=True) if first else None
     streamed = model.generate(**one, **generation(options), streamer=streamer)
     out = model.generate(**prompts, **generation(options))
-    row, out_long = measure(options, layout, model, long_prompt)
+    row, out_long = measure(options, name, model, long_prompt)
     checks = (
         ("streamed text", streamed, expected[0]),
         ("left-padded batch", out, expected[1]),
@@ -143,7 +153,7 @@ def report(name: str, out: torch.Tensor, expected: torch.Tensor, first: bool) ->
 
 
 @torch.inference_mode()
-def measure(options, layout, model, long_prompt) -> tuple[Row, torch.Tensor]:
+def measure(options, name, model, long_prompt) -> tuple[Row, torch.Tensor]:
     """Times and bytes of prefill and decode, through the model's forward, as `generate` calls it."""
     prefill, decode = [], []
     for _ in range(3):
@@ -159,7 +169,7 @@ def measure(options, layout, model, long_prompt) -> tuple[Row, torch.Tensor]:
                 ids = torch.cat([ids, token], 1)
     steps = options.new_tokens - 1
     row = Row(
-        layout,
+        name,
         prefill=long_prompt.shape[1] / statistics.median(prefill),
         decode=steps / statistics.median(decode),
         prefill_bytes=sent_prefill.total.num_bytes / long_prompt.shape[1],
@@ -196,7 +206,7 @@ def show(rows: list[Row]) -> None:
     print("  ".join("-" * 12 for _ in head))
     for row in rows:
         cells = (
-            f"{row.layout.tp} x {row.layout.sp}",
+            row.name,
             "equal" if row.correct else "WRONG",
             f"{row.prefill:,.0f}",
             f"{row.decode:,.1f}",
