@@ -3,9 +3,9 @@
     torchrun --nproc-per-node 2 examples/demo.py          # or: make demo, RANKS=4 make demo
 
 For every factorisation tp x sp of the ranks, and once for prefills under Ulysses and decodes under tensor parallelism
-(Shift), it loads the checkpoint by slices, runs Hugging Face's own `generate`, streams the text, and compares every token
-with the unswapped Transformers model in the same process. It ends with a table of speed, traffic and memory per layout,
-and with exit code 1 if any token differs.
+(Shift), it loads the checkpoint by slices, runs Hugging Face's own `generate`, streams the text, and compares every
+token with the unswapped Transformers model in the same process. It ends with a table of speed, traffic and memory per
+layout, and with exit code 1 if any token differs.
 """
 
 from __future__ import annotations
