@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from seqpar import comm
-from seqpar.hf import AutoShift, load, parallelize
+from seqpar.hf import AutoOverlap, AutoShift, load, parallelize
 from seqpar.partition import Interleave, Layout, Shift
 from seqpar.plan import Curve, StepCosts
 from tests.hf.tiny import ARCHITECTURES, exact_norms, tiny_model
@@ -57,6 +57,51 @@ def test_prefill_in_one_layout_and_decodes_in_another_give_what_the_model_gives(
 def test_chunks_take_turns_within_any_layout() -> None:
     run_mesh((1, 4), same, "llama", {1: (4, 1), 12: (2, 2)}, {"overlap": Interleave(2, min_tokens=12)})
     run_mesh((1, 2), same, "qwen3", {1: (1, 2), 12: (2, 1)}, {"overlap": Interleave(cuts=(1, 7), min_tokens=12)})
+
+
+def overlapped(mesh: comm.DeviceMesh) -> None:
+    """Costs of both layouts are measured, each when a step first runs under it, and explain the latest."""
+    auto = AutoOverlap(min_tokens=4)
+    model, oracle = tiny_model("llama"), exact_norms(tiny_model("llama"))
+    with parallelize(model, mesh, shift=6, overlap=auto), torch.no_grad():
+        for tokens in (5, 11):
+            ids = torch.arange(tokens)[None]
+            torch.testing.assert_close(model(ids).logits, oracle(ids).logits, rtol=1e-9, atol=1e-10)
+    assert set(auto.costs) == {None, Layout(2, 1)}
+    assert len(auto.costs[None].slots) == len(auto.costs[Layout(2, 1)].slots) == 3  # two collectives and a rest
+
+
+def test_overlap_knows_what_each_layout_costs() -> None:
+    run_mesh((1, 2), overlapped)
+
+
+def on_the_wire(mesh: comm.DeviceMesh) -> None:
+    """In 8 bits a step gives what it gives under that layout alone."""
+    inputs, results = padded(), []
+    keep = inputs["attention_mask"].bool()
+    for shift in (Shift(((1, Layout(2, 2)),)), Shift(((1, Layout(1, 4)), (4, Layout(2, 2))))):
+        model = tiny_model("qwen3").float()
+        with parallelize(model, mesh, shift=shift, wire="int8"), torch.no_grad():
+            results.append(model(**inputs).logits[keep])
+    assert torch.equal(*results)
+    assert not torch.equal(results[0], tiny_model("qwen3").float()(**inputs).logits[keep])
+
+
+def test_wire_formats_are_the_same_in_any_layout() -> None:
+    run_mesh((1, 4), on_the_wire)
+
+
+def searched(mesh: comm.DeviceMesh) -> None:
+    """Beams move between requests of the cache while layouts change under them; sampling draws the same everywhere."""
+    inputs, model = padded(), tiny_model("qwen2")
+    options = {"max_new_tokens": 6, "num_beams": 3, "do_sample": False}
+    expected = tiny_model("qwen2").generate(**inputs, **options)
+    with parallelize(model, mesh, shift=Shift(((1, Layout(2, 1)), (7, Layout(1, 2))))):
+        assert torch.equal(model.generate(**inputs, **options), expected)
+
+
+def test_beam_search() -> None:
+    run_mesh((1, 2), searched)
 
 
 def calls(mesh: comm.DeviceMesh, shift: Any) -> list[dict[str, int]]:
