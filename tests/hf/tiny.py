@@ -34,6 +34,30 @@ SHAPES: dict[str, dict[str, Any]] = {
     # q/k norm, more dims in the heads than in the model
     "qwen3": {"num_attention_heads": 8, "num_key_value_heads": 4, "hidden_size": 24, "head_dim": 6},
 }
+MIXTURES: dict[str, dict[str, Any]] = {
+    # five experts, which no group divides; a window in every layer
+    "mixtral": {
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "hidden_size": 24,
+        "intermediate_size": 13,
+        "num_local_experts": 5,
+        "num_experts_per_tok": 2,
+        "sliding_window": 6,
+    },
+    # a dense layer between two of experts, fewer experts than four ranks; weights that do not sum to one
+    "qwen3_moe": {
+        "num_attention_heads": 4,
+        "num_key_value_heads": 1,
+        "hidden_size": 20,
+        "head_dim": 6,
+        "moe_intermediate_size": 11,
+        "num_experts": 3,
+        "num_experts_per_tok": 2,
+        "mlp_only_layers": [1],
+        "norm_topk_prob": False,
+    },
+}
 ARCHITECTURES = tuple(SHAPES)
 
 
@@ -48,7 +72,7 @@ def tiny_config(kind: str, **overrides: Any) -> PretrainedConfig:
         "eos_token_id": None,
         "pad_token_id": None,
     }
-    return AutoConfig.for_model(kind, **{**common, **SHAPES[kind], **overrides})
+    return AutoConfig.for_model(kind, **{**common, **(SHAPES | MIXTURES)[kind], **overrides})
 
 
 def random_overrides(kind: str, draw: random.Random, ranks: int) -> dict[str, Any]:
@@ -83,7 +107,10 @@ def random_overrides(kind: str, draw: random.Random, ranks: int) -> dict[str, An
 
 def tiny_model(kind: str, *, dtype: torch.dtype = torch.float64, seed: int = 1, **overrides: Any) -> Any:
     """A model whose every weight, norms and biases included, is random: the same on every rank."""
-    model = AutoModelForCausalLM.from_config(tiny_config(kind, **overrides)).to(dtype)
+    config = tiny_config(kind, **overrides)
+    if kind in MIXTURES:
+        config._experts_implementation = "eager"  # Transformers' other ones do not take float64
+    model = AutoModelForCausalLM.from_config(config).to(dtype)
     generator = torch.Generator().manual_seed(seed)
     for param in model.parameters():
         noise = torch.randn(param.shape, generator=generator, dtype=torch.float64)

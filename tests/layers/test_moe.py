@@ -18,7 +18,6 @@ from seqpar.layers import (
     name_modules,
     sync_gradients,
 )
-from seqpar.layers.moe import check_placement
 from seqpar.partition import HeadMap, Layout, even_ranges, even_split, shard_range
 from seqpar.ragged import RaggedBatch
 from tests.kernels.own_errors import own_errors
@@ -343,7 +342,7 @@ def refusals(mesh: comm.DeviceMesh) -> None:
         with pytest.raises(ValueError, match=r"`layout` must be that of `groups`, over the 2 ranks that own the exper"):
             layers[1].add_layout(Layout(1, 2), groups=groups)
         with pytest.raises(ValueError, match='`experts` must be "tp" or "ep", got \'all\''):
-            check_placement("all")
+            ParallelMoE(SIZE, 4, 3, 2, groups=groups, experts="all")
         with pytest.raises(ValueError, match=r"`top_k` must lie in \[1, 3\] \(the experts\), got 4"):
             ParallelMoE(SIZE, 4, 3, 4, groups=groups)
         with pytest.raises(

@@ -148,11 +148,15 @@ class AutoOverlap:
 
 
 def typical_layers(layers: nn.ModuleList) -> list[ParallelDecoderLayer]:
-    """The first two of the layers with the most common window."""
+    """The first two of the layers with the most common window and kind of feed-forward."""
     known = [layer for layer in layers if isinstance(layer, ParallelDecoderLayer)]
-    windows = [layer.self_attn.core.window for layer in known if isinstance(layer.self_attn, ParallelAttention)]
-    most = Counter(windows).most_common(1)[0][0]
-    return [layer for layer, window in zip(known, windows, strict=True) if window == most][:2]
+    kinds = [
+        (layer.self_attn.core.window, type(layer.mlp))
+        for layer in known
+        if isinstance(layer.self_attn, ParallelAttention)
+    ]
+    most = Counter(kinds).most_common(1)[0][0]
+    return [layer for layer, kind in zip(known, kinds, strict=True) if kind == most][:2]
 
 
 def called_whole(root: nn.Module, path: str) -> Iterator[str]:

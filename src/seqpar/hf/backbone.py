@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -34,6 +35,13 @@ __all__ = ["KEEP", "LMHead", "ParallelBackbone"]
 
 KEEP = "seqpar_logits_to_keep"  # how the causal LM's hook hands `logits_to_keep` down
 _FOR_THE_LOSS = ("num_items_in_batch", "shift_labels", "ignore_index")  # the causal LM passes these to both
+
+
+@dataclass
+class _Output(BaseModelOutputWithPast):
+    """What the stack returns; the causal LM of a mixture of experts asks for logits that nobody gathered, too."""
+
+    router_logits: None = None
 
 
 class _Plan(NamedTuple):
@@ -220,7 +228,7 @@ class ParallelBackbone(nn.Module):
             states[-1] = last
         if plan.store is not None:
             plan.store.commit(plan.padding)
-        return BaseModelOutputWithPast(
+        return _Output(
             last_hidden_state=last,
             past_key_values=plan.cache,
             hidden_states=None if wanted is None else tuple(states),

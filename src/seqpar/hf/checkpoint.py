@@ -15,18 +15,22 @@ import math
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, NamedTuple, TypeAlias, TypeGuard
 
 import torch
 from torch import Tensor
 
 from seqpar.partition import Range
 
-__all__ = ["DTYPES", "Checkpoint", "Entry", "parse_object", "read_header"]
+__all__ = ["DTYPES", "Checkpoint", "Entry", "Names", "parse_object", "read_header"]
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
+
+Names: TypeAlias = str | tuple[tuple[str, ...], ...]
+"""A tensor of the files; or the like matrices that one tensor of a model is made of, stacked along dim 0, those of one
+entry side by side along dim 1."""
 
 
 class Entry(NamedTuple):
@@ -76,11 +80,13 @@ class Checkpoint:
         path: directory of the files.
         entries: every tensor by name.
         bytes_read: bytes of tensor data read so far; headers are not counted.
+        names_read: tensors of which some bytes have been read.
     """
 
     def __init__(self, path: Path, entries: Mapping[str, Entry]) -> None:
         self.path, self.entries = path, dict(entries)
         self.bytes_read = 0
+        self.names_read: set[str] = set()
 
     @classmethod
     def open(cls, path: Path) -> Checkpoint:
@@ -121,20 +127,47 @@ class Checkpoint:
                     "quantized checkpoints are not supported"
                 )
 
-    def window_bytes(self, name: str, dim: int, window: Range) -> int:
+    def window_bytes(self, names: Names, dim: int, window: Range) -> int:
         """What `read` reads."""
-        entry = self.entries[name]
-        return (entry.end - entry.begin) // max(entry.shape[dim], 1) * window.size
+        shape, dtype = self._form(names)
+        return math.prod(_with(shape, dim, window.size)) * dtype.itemsize
 
-    def read(self, name: str, dim: int, window: Range) -> Tensor:
-        """A range of a tensor along `dim`, in the file's dtype: one read, or one for each index before `dim`.
+    def read(self, names: Names, dim: int, window: Range) -> Tensor:
+        """A range of a tensor along `dim`, in the files' dtype: one read, or one for each index before `dim`.
+
+        Of a tensor that is made of matrices, each of which is read so, `dim` is one of its three.
 
         Raises:
-            ValueError: the file became shorter since it was opened.
+            ValueError: a file became shorter since it was opened.
         """
+        shape, dtype = self._form(names)
+        out = torch.empty(_with(shape, dim, window.size), dtype=dtype)
+        if isinstance(names, str):
+            self._fill(out, names, dim, window)
+            return out
+        height = shape[1] // len(names[0])
+        rows = window if dim == 1 else Range(0, shape[1])
+        for index, beside in enumerate(names[slice(*window)] if dim == 0 else names):
+            for place, name in enumerate(beside):
+                first = place * height
+                wanted = Range(*(min(max(row - first, 0), height) for row in rows))
+                at = max(first - rows.start, 0)
+                part = out[index, at : at + wanted.size]
+                self._fill(part, name, *((1, window) if dim == 2 else (0, wanted)))
+        return out
+
+    def _form(self, names: Names) -> tuple[tuple[int, ...], torch.dtype]:
+        """Shape and dtype of a tensor, or of what matrices make up."""
+        first = self.entries[names if isinstance(names, str) else names[0][0]]
+        shape = first.shape if isinstance(names, str) else (len(names), len(names[0]) * first.shape[0], first.shape[1])
+        return shape, DTYPES[first.dtype]
+
+    def _fill(self, out: Tensor, name: str, dim: int, window: Range) -> None:
+        """Read a range of one tensor of the files into contiguous memory."""
+        if not out.numel():
+            return
+        self.names_read.add(name)
         entry = self.entries[name]
-        shape = (*entry.shape[:dim], window.size, *entry.shape[dim + 1 :])
-        out = torch.empty(shape, dtype=DTYPES[entry.dtype])
         inner = math.prod(entry.shape[dim + 1 :]) * out.itemsize
         stride, begin = entry.shape[dim] * inner, entry.begin + window.start * inner
         data = memoryview(out.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
@@ -146,7 +179,6 @@ class Checkpoint:
         with entry.file.open("rb", buffering=0) as stream:
             for offset, buffer in reads:
                 self._read_into(stream.fileno(), entry.file, offset, buffer)
-        return out
 
     def _read_into(self, descriptor: int, file: Path, offset: int, buffer: memoryview) -> None:
         done = 0
@@ -188,6 +220,10 @@ def _entry(file: Path, name: str, value: Any, begin: int) -> Entry:
             f"got {offsets[1] - offsets[0]} in {file}"
         )
     return Entry(file, dtype, tuple(shape), begin + offsets[0], begin + offsets[1])
+
+
+def _with(shape: tuple[int, ...], dim: int, size: int) -> tuple[int, ...]:
+    return (*shape[:dim], size, *shape[dim + 1 :])
 
 
 def _counts(value: Any) -> TypeGuard[list[int]]:

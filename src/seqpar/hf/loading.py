@@ -16,11 +16,11 @@ from seqpar.comm import DeviceMesh, Wire
 from seqpar.hf.agreed import agreed, check_same
 from seqpar.hf.auto import AutoOverlap
 from seqpar.hf.backbone import LMHead
-from seqpar.hf.checkpoint import DTYPES, Checkpoint, parse_object
-from seqpar.hf.models import ARCHITECTURES, check_config
+from seqpar.hf.checkpoint import DTYPES, Checkpoint, Names, parse_object
+from seqpar.hf.models import ARCHITECTURES, check_config, stored_names
 from seqpar.hf.shift import AutoShift
 from seqpar.hf.swap import LoadReport, Parallelized, build
-from seqpar.layers import iter_sources
+from seqpar.layers import ExpertPlacement, iter_sources
 from seqpar.partition import Interleave, Shift, ThreePhase
 
 __all__ = ["load"]
@@ -40,6 +40,7 @@ def load(
     overlap: Interleave | AutoOverlap | Literal["auto", "off"] = "off",
     pipeline: ThreePhase | None = None,
     wire: Wire | None = None,
+    experts: ExpertPlacement = "tp",
     shift: int | Shift | AutoShift | Literal["auto", "off"] = "off",
 ) -> PreTrainedModel:
     """Load a causal LM from safetensors, each rank its own slices.
@@ -54,6 +55,7 @@ def load(
         overlap: see `parallelize`.
         pipeline: see `parallelize`.
         wire: see `parallelize`.
+        experts: see `parallelize`.
         shift: see `parallelize`.
 
     Returns:
@@ -79,11 +81,13 @@ def load(
             overlap=overlap,
             pipeline=pipeline,
             wire=wire,
+            experts=experts,
             shift=shift,
         )
         parallel = Parallelized(whole, groups, *modules)
         _check(checkpoint, parallel)
-        content = _describe(checkpoint, parallel) + f"{sequence_sharded} {overlap} {pipeline} {wire} {shift}".encode()
+        options = f"{sequence_sharded} {overlap} {pipeline} {wire} {experts} {shift}"
+        content = _describe(checkpoint, parallel) + options.encode()
     check_same("checkpoint, `dtype` and options", content, group=groups.flat, device=place)
     assert parallel is not None and checkpoint is not None
     show = groups.flat.rank() == 0 and (sys.stderr.isatty() if progress is None else progress)
@@ -129,10 +133,28 @@ def _dtype(dtype: Any, config: PretrainedConfig, checkpoint: Checkpoint) -> torc
 
 def _check(checkpoint: Checkpoint, parallel: Parallelized) -> None:
     """Compare the checkpoint with all that the model needs."""
-    shapes = {name: source.shape for name, _, _, source in iter_sources(parallel.model)}
+    shapes: dict[str, tuple[int, ...]] = {}
+    made_of: dict[str, list[str]] = {}
+    for name, _, _, source in iter_sources(parallel.model):
+        names = _names(checkpoint, name, source.shape, parallel)
+        if isinstance(names, str):
+            shapes[names] = source.shape
+            continue
+        _, rows, columns = source.shape
+        made_of[name] = [part for beside in names for part in beside]
+        shapes |= dict.fromkeys(made_of[name], (rows // len(names[0]), columns))
     rebuilt = [name for name in checkpoint.entries if name.endswith("rotary_emb.inv_freq")]  # in old checkpoints
     tied = {HEAD: shapes[EMBEDDING]} if HEAD not in shapes and HEAD in checkpoint.entries else {}
     checkpoint.check({**shapes, **tied}, optional=rebuilt)
+    for name, parts in made_of.items():
+        dtypes = sorted({checkpoint.entries[part].dtype for part in parts})
+        if len(dtypes) > 1:
+            raise ValueError(f"`{name}` must be stored in parts of one dtype, got {', '.join(dtypes)}")
+
+
+def _names(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], parallel: Parallelized) -> Names:
+    """What the checkpoint calls a tensor of the model; its own name where it was saved as Transformers holds it."""
+    return name if name in checkpoint.entries else stored_names(name, shape, parallel.model.config.model_type)
 
 
 def _describe(checkpoint: Checkpoint, parallel: Parallelized) -> bytes:
@@ -144,17 +166,22 @@ def _describe(checkpoint: Checkpoint, parallel: Parallelized) -> bytes:
 def _fill(parallel: Parallelized, checkpoint: Checkpoint, device: torch.device, show: bool) -> LoadReport:
     """Read this rank's windows of all tensors."""
     begin, model = time.perf_counter(), parallel.model
-    sources = list(iter_sources(model))
-    total = sum(checkpoint.window_bytes(name, source.dim, source.window) for name, _, _, source in sources)
+    reads = [
+        (_names(checkpoint, name, source.shape, parallel), module, own, source.dim, window)
+        for name, module, own, source in iter_sources(model)
+        for window in source.windows
+    ]
+    total = sum(checkpoint.window_bytes(names, dim, window) for names, _, _, dim, window in reads)
     with tqdm(total=total, desc="loading", unit="B", unit_scale=True, disable=not show) as bar:
-        for name, module, own, source in sources:
-            window = checkpoint.read(name, source.dim, source.window)
-            module.load_source(own, window.to(device), source.window.start)
-            bar.update(window.nbytes)
+        for names, module, own, dim, window in reads:
+            tensor = checkpoint.read(names, dim, window)
+            module.load_source(own, tensor.to(device), window.start)
+            bar.update(tensor.nbytes)
     stack = model.model
     stack.rotary_emb = type(stack.rotary_emb)(model.config).to(device)
     _check_tied(model.lm_head, checkpoint)
-    return LoadReport(checkpoint.bytes_read, parallel.weight_bytes, len(sources), time.perf_counter() - begin)
+    seconds = time.perf_counter() - begin
+    return LoadReport(checkpoint.bytes_read, parallel.weight_bytes, len(checkpoint.names_read), seconds)
 
 
 def _check_tied(head: LMHead, checkpoint: Checkpoint) -> None:

@@ -7,13 +7,21 @@ from typing import Any
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-__all__ = ["check_config", "check_model", "sliding_windows"]
+from seqpar.hf.checkpoint import Names
+
+__all__ = ["check_config", "check_model", "sliding_windows", "stored_names"]
 
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+}
+_MIXTURES = {  # where checkpoints hold a mixture of experts, and what the gate, up and down of one are called there
+    "mixtral": ("block_sparse_moe", ("w1", "w3", "w2")),
+    "qwen3_moe": ("mlp", ("gate_proj", "up_proj", "down_proj")),
 }
 THE_MODEL = "the model"
 _PLAIN = (
@@ -39,6 +47,12 @@ def check_config(config: PretrainedConfig) -> None:
         raise ValueError(f"`hidden_act` must be silu, got {config.hidden_act}")
     if not getattr(config, "is_causal", True):
         raise ValueError("`is_causal` must be True, got False")
+    if getattr(config, "output_router_logits", False):
+        raise ValueError("`output_router_logits` must be False: no rank holds all tokens' logits, got True")
+    if getattr(config, "router_jitter_noise", 0):
+        raise ValueError(
+            f"`router_jitter_noise` must be 0, got {config.router_jitter_noise}; it is noise of training, set it so"
+        )
     sliding_windows(config)
 
 
@@ -54,7 +68,7 @@ def sliding_windows(config: PretrainedConfig) -> tuple[int | None, ...]:
     window: int | None = getattr(config, "sliding_window", None)
     if config.model_type == "llama":
         return (None,) * count
-    if config.model_type == "mistral":
+    if config.model_type in ("mistral", "mixtral", "qwen3_moe"):
         return (window,) * count
     kinds = {"full_attention": None, "sliding_attention": window}
     unknown = sorted(set(config.layer_types) - kinds.keys())
@@ -64,6 +78,24 @@ def sliding_windows(config: PretrainedConfig) -> tuple[int | None, ...]:
             f"got {unknown or 'sliding_attention without one'}"
         )
     return tuple(kinds[kind] for kind in config.layer_types[:count])
+
+
+def stored_names(name: str, shape: tuple[int, ...], model_type: str) -> Names:
+    """What a checkpoint calls one of a model's tensors.
+
+    Transformers holds the experts of a layer in two tensors, gate_up_proj[E, 2F, M] and down_proj[E, M, F]. Checkpoints
+    hold three matrices of each, which it converts as it reads and writes them (its conversion_mapping).
+    """
+    layer, mlp, rest = name.partition(".mlp.")
+    if model_type not in _MIXTURES or not mlp:
+        return name
+    block, (gate, up, down) = _MIXTURES[model_type]
+    parts = {"experts.gate_up_proj": (gate, up), "experts.down_proj": (down,)}.get(rest)
+    if parts is None:
+        return f"{layer}.{block}.{rest}"
+    return tuple(
+        tuple(f"{layer}.{block}.experts.{expert}.{part}.weight" for part in parts) for expert in range(shape[0])
+    )
 
 
 def check_model(model: Any) -> None:

@@ -27,6 +27,7 @@ from seqpar.hf.methods import method_of
 from seqpar.hf.models import check_model, sliding_windows
 from seqpar.hf.shift import AutoShift
 from seqpar.layers import (
+    ExpertPlacement,
     ParallelDecoderLayer,
     ParallelLMHead,
     RMSNorm,
@@ -217,6 +218,7 @@ def parallelize(
     overlap: Interleave | AutoOverlap | Literal["auto", "off"] = "off",
     pipeline: ThreePhase | None = None,
     wire: Wire | None = None,
+    experts: ExpertPlacement = "tp",
     shift: int | Shift | AutoShift | Literal["auto", "off"] = "off",
 ) -> Parallelized:
     """Swap the stack and the head of a model for parallel ones, in place.
@@ -226,7 +228,7 @@ def parallelize(
     model alive outside of a `with` block: hold on to the model.
 
     Args:
-        model: a Llama, Mistral, Qwen2 or Qwen3 causal LM of Transformers.
+        model: a Llama, Mistral, Mixtral, Qwen2, Qwen3 or Qwen3-MoE causal LM of Transformers.
         mesh: see `seqpar.init_mesh`.
         sequence_sharded: split activations between the linears over `tp` too: reduce-scatters and all-gathers replace
             the all-reduces, and norms are not repeated (arXiv:2205.05198).
@@ -239,6 +241,8 @@ def parallelize(
         wire: the format in which the decoder layers exchange activations, of 8 bits a number (`seqpar.comm.wire`): sums
             and gathers over `tp`, both all-to-alls over `sp`. Results then differ from the model's own. The sum of the
             embedding, the gather of the last rows and that of the logits stay exact, and so do gradients on their way.
+        experts: where a mixture keeps its experts: a slice of each on every rank of `tp`, or whole ones on each rank of
+            the mesh ("ep"), to which tokens travel (`seqpar.layers.moe`).
         shift: run each step under the layout that suits its number of tokens (Shift Parallelism), over one cache and
             one copy of the weights; the same results, up to rounding. A number: up to so many tokens pure tensor
             parallelism over all ranks, above it the layout of `mesh`. A `Shift`: its layouts. "auto" measures all that
@@ -255,7 +259,7 @@ def parallelize(
     content, modules = b"", None
     with agreed(groups.flat):
         check_model(model)
-        content = _sample(model) + f"{sequence_sharded} {overlap} {pipeline} {wire} {shift}".encode()
+        content = _sample(model) + f"{sequence_sharded} {overlap} {pipeline} {wire} {experts} {shift}".encode()
         modules = build(
             model,
             groups,
@@ -263,6 +267,7 @@ def parallelize(
             overlap=overlap,
             pipeline=pipeline,
             wire=wire,
+            experts=experts,
             shift=shift,
         )
     check_same("config and weights of `model`", content, group=groups.flat, device=model.device)
@@ -280,6 +285,7 @@ def build(
     overlap: Interleave | AutoOverlap | Literal["auto", "off"] = "off",
     pipeline: ThreePhase | None = None,
     wire: Wire | None = None,
+    experts: ExpertPlacement = "tp",
     shift: int | Shift | AutoShift | Literal["auto", "off"] = "off",
 ) -> tuple[ParallelBackbone, ParallelLMHead]:
     """The parallel modules for a model; meta weights give meta slices.
@@ -292,6 +298,8 @@ def build(
         raise TypeError(f'`overlap` must be an Interleave, an AutoOverlap, "auto" or "off", got {overlap!r}')
     if pipeline is not None and not isinstance(pipeline, ThreePhase):
         raise TypeError(f"`pipeline` must be a ThreePhase or None, got {pipeline!r}")
+    if experts not in ("tp", "ep"):
+        raise ValueError(f'`experts` must be "tp" or "ep", got {experts!r}')
     rule = _shift(shift, groups.layout)
     chosen = AutoOverlap() if overlap == "auto" else None if overlap == "off" else overlap
     config, stack = model.config, model.model
@@ -308,6 +316,7 @@ def build(
             sequence_sharded=sequence_sharded,
             pipeline=pipeline,
             wire=wire,
+            experts=experts,
         )
         for index, layer in enumerate(stack.layers)
     ]

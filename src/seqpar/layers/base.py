@@ -47,9 +47,15 @@ class Source(NamedTuple):
         return self.pieces[0].dim
 
     @property
-    def window(self) -> Range:
-        """The smallest range along `dim` of the unsharded tensor that holds all pieces."""
-        return Range(min(p.full.start for p in self.pieces), max(p.full.stop for p in self.pieces))
+    def windows(self) -> tuple[Range, ...]:
+        """The ranges along `dim` of the unsharded tensor that hold the pieces and no more; one where they touch."""
+        runs: list[Range] = []
+        for full in sorted(piece.full for piece in self.pieces if piece.full.size):
+            if runs and runs[-1].stop >= full.start:
+                runs[-1] = Range(runs[-1].start, max(runs[-1].stop, full.stop))
+            else:
+                runs.append(full)
+        return tuple(runs) or (self.pieces[0].full,)
 
     @property
     def local_shape(self) -> tuple[int, ...]:
@@ -99,15 +105,16 @@ class ShardedModule(nn.Module):
 
         Args:
             name: a key of `sources()`.
-            tensor: the unsharded tensor, or a window of it along the source's dim.
+            tensor: the unsharded tensor, or one of its `windows`, whose pieces alone are filled then.
             offset: where that window begins.
         """
         source = self.sources()[name]
         param = self._materialise(source.param, tensor.device)
         with torch.no_grad():
             for piece in source.pieces:
-                taken = tensor.narrow(piece.dim, piece.full.start - offset, piece.full.size)
-                param.narrow(piece.dim, piece.local.start, piece.local.size).copy_(taken)
+                if offset <= piece.full.start and piece.full.stop <= offset + tensor.shape[piece.dim]:
+                    taken = tensor.narrow(piece.dim, piece.full.start - offset, piece.full.size)
+                    param.narrow(piece.dim, piece.local.start, piece.local.size).copy_(taken)
 
     def load_unsharded(self, tensors: Mapping[str, Tensor | None]) -> None:
         """Slice whole tensors into this layer; a meta tensor leaves its parameter on the meta device.

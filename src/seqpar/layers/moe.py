@@ -35,7 +35,7 @@ from seqpar.layers.linear import Tokens, enter_steps
 from seqpar.layers.mlp import check_activation, given
 from seqpar.partition import Layout, Piece, Range, block_ranges, even_ranges, even_split, shard_range
 
-__all__ = ["ExpertPlacement", "ParallelMoE", "check_placement", "is_mixture"]
+__all__ = ["ExpertPlacement", "ParallelMoE", "is_mixture"]
 
 ExpertPlacement: TypeAlias = Literal["tp", "ep"]
 """Where experts are: a slice of each on every rank, or each on one."""
@@ -85,7 +85,8 @@ class ParallelMoE(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_placement(experts)
+        if experts not in get_args(ExpertPlacement):
+            raise ValueError(f'`experts` must be "tp" or "ep", got {experts!r}')
         made: dict[str, Any] = {"device": device, "dtype": dtype}
         self.gate: nn.Module = _Router(hidden_size, num_experts, top_k, renormalise, rounded, **made)
         shape = _Shape(num_experts, hidden_size, intermediate_size)
@@ -262,12 +263,6 @@ class ParallelMoE(nn.Module):
 def is_mixture(module: nn.Module) -> bool:
     """Whether a feed-forward is one for `ParallelMoE.from_module`, and not for `ParallelMLP`'s."""
     return isinstance(getattr(module, "experts", None), nn.Module) and hasattr(module, "gate")
-
-
-def check_placement(experts: str) -> None:
-    """Raise ValueError unless this is an `ExpertPlacement`."""
-    if experts not in get_args(ExpertPlacement):
-        raise ValueError(f'`experts` must be "tp" or "ep", got {experts!r}')
 
 
 class _Router(ShardedModule):
