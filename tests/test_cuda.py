@@ -235,6 +235,12 @@ def test_chunks_of_a_prompt_in_a_graph_equal_the_same_chunks_one_after_another(
 
 
 @compiles
+def test_recorded_steps_equal_eager_ones_bit_for_bit(mesh: comm.DeviceMesh) -> None:
+    """A replay does not call the step; to be recorded it is called twice."""
+    assert cuda_cases.check_graphs("cuda") == (5, 1, 2 * 2 + 1)
+
+
+@compiles
 def test_the_sanitizer_finds_nothing_but_the_race_planted_for_it() -> None:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)])}
     ran = subprocess.run(

@@ -13,3 +13,12 @@ def everything(rank: int, p: int) -> list[str]:
 def test_the_cases_of_the_cuda_tests_run_on_a_cpu() -> None:
     (ran,) = run_ranks(1, everything)
     assert len(ran) == len(cuda_cases.CASES) + len(cuda_cases.STARTS)
+
+
+def graphs(rank: int, p: int) -> tuple[int, int, int]:
+    return cuda_cases.check_graphs("cpu")
+
+
+def test_recorded_steps_equal_eager_ones_bit_for_bit() -> None:
+    """On a CPU every replay calls the step."""
+    assert run_ranks(1, graphs) == [(5, 1, 2 + 5 + 1)]

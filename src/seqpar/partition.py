@@ -11,13 +11,16 @@ Source: the SP-fastest order is the transpose of Shift Parallelism's device grid
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import Literal, NamedTuple
 
 __all__ = [
+    "GraphKey",
+    "GraphKeys",
     "HeadMap",
     "HeadPart",
     "Interleave",
@@ -250,6 +253,63 @@ class Shift:
     def layouts(self) -> tuple[Layout, ...]:
         """Every layout that some step runs under, once, tensor-parallel ranks increasing."""
         return tuple(sorted({layout for _, layout in self.spans}))
+
+
+class GraphKey(NamedTuple):
+    """A step that is recorded as a graph: its layout, and how many tokens its buffers hold."""
+
+    layout: Layout
+    num_tokens: int
+
+
+@dataclass(frozen=True)
+class GraphKeys:
+    """Which steps run as recorded graphs, and which graph serves a step of any number of tokens.
+
+    Args:
+        keys: the graphs, in any order.
+
+    Raises:
+        ValueError: one of fewer than one token, or the same one twice.
+    """
+
+    keys: tuple[GraphKey, ...]
+
+    def __post_init__(self) -> None:
+        keys = tuple(sorted(GraphKey(Layout(*layout).check(), num_tokens) for layout, num_tokens in self.keys))
+        object.__setattr__(self, "keys", keys)
+        if len(set(keys)) != len(keys) or any(key.num_tokens < 1 for key in keys):
+            raise ValueError(f"`keys` must be different and of at least 1 token, got {[tuple(key) for key in keys]}")
+
+    @classmethod
+    def every(cls, layouts: Sequence[Layout], sizes: Sequence[int]) -> GraphKeys:
+        """Every size under every layout, for steps of which any may come under any."""
+        return cls(tuple(GraphKey(layout, size) for layout in layouts for size in sizes))
+
+    @classmethod
+    def of(cls, shift: Shift, sizes: Sequence[int]) -> GraphKeys:
+        """Those that steps under a rule can need, and no others: some size, under the layout of a step that it serves.
+
+        A step of the last tokens before a border of the rule may be served by a size beyond it.
+        """
+        found, first = set(), 1
+        for size in sorted(sizes):
+            begins = [first, *(start for start, _ in shift.spans if first < start <= size)]
+            found |= {GraphKey(shift.layout_of(start), size) for start in begins}
+            first = size + 1
+        return cls(tuple(found))
+
+    def key_of(self, layout: Layout, num_tokens: int) -> GraphKey | None:
+        """The graph of the fewest tokens that serves such a step; None where there is none, and it must run eagerly."""
+        sizes = self._sizes.get(layout, ())
+        index = bisect_left(sizes, num_tokens)
+        return GraphKey(layout, sizes[index]) if index < len(sizes) else None
+
+    @cached_property
+    def _sizes(self) -> dict[Layout, tuple[int, ...]]:
+        return {
+            layout: tuple(key.num_tokens for key in keys) for layout, keys in groupby(self.keys, lambda k: k.layout)
+        }
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ from seqpar.comm.differentiable import (
     send_recv,
     send_recv_steps,
 )
+from seqpar.comm.graphs import StepGraphs
 from seqpar.comm.handle import CommError, Handle, Mark
 from seqpar.comm.intervals import Interval
 from seqpar.comm.link import LINK_PRESETS, LinkCosts, SimulatedLink
@@ -60,6 +61,7 @@ __all__ = [
     "ProcessGroup",
     "Recorder",
     "SimulatedLink",
+    "StepGraphs",
     "Steps",
     "Trace",
     "TraceReport",
