@@ -171,7 +171,14 @@ def shifted(mesh: comm.DeviceMesh, case: Case) -> None:
         if other != groups.layout:
             layer.add_layout(other, groups=others)
         mine = my_tokens(case, others, len(x))
-        out = layer(x[mine], batch, cos, sin, layout=other)
+        with torch.no_grad():
+            out = layer(x[mine], batch, cos, sin, layout=other)
+        if other != groups.layout:
+            with (
+                own_errors(),
+                pytest.raises(ValueError, match="where gradients of replicated parameters"),
+            ):
+                layer(x[mine], batch, cos, sin, layout=other)
         torch.testing.assert_close(out, expected[mine], rtol=1e-10, atol=1e-12)
     assert stored == {name: param.untyped_storage().data_ptr() for name, param in layer.named_parameters()}
     views = layer.mlp.down_proj.shards[Layout(groups.layout.size, 1)].views

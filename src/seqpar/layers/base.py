@@ -305,6 +305,24 @@ def check_view(stored: Layout, rank: int, layout: Layout, group: ProcessGroup) -
         )
 
 
+def check_gradients(params: Iterable[nn.Parameter | None], layout: Layout | None, stored: Layout) -> None:
+    """Check that a step under another layout than the stored one wants no gradient of replicated parameters.
+
+    `sync_gradients` sums theirs over the ranks that hold other tokens under the stored layout; under another one some
+    of those hold the same tokens, and would be counted again.
+
+    Raises:
+        ValueError: it does.
+    """
+    if layout is None or layout == stored or not torch.is_grad_enabled():
+        return
+    if any(param is not None and param.requires_grad for param in params):
+        raise ValueError(
+            f"`layout` must be the stored {tuple(stored)} where gradients of replicated parameters are wanted, got "
+            f"{tuple(layout)}; use torch.no_grad()"
+        )
+
+
 def find_layout(known: Mapping[Any, Found], layout: Layout | None) -> Found:
     """What a layer keeps for a layout; None stands for the stored one.
 

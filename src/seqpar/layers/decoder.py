@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from seqpar import comm
 from seqpar.comm import Groups, ProcessGroup, Steps, Wire
 from seqpar.kv import PagedKV
-from seqpar.layers.base import check_covered, drop_child_names, find_layout, part_of
+from seqpar.layers.base import check_covered, check_gradients, drop_child_names, find_layout, part_of
 from seqpar.layers.heads import HeadParameter
 from seqpar.layers.linear import QKVParallelLinear, RowParallelLinear, enter_steps
 from seqpar.layers.mlp import ParallelMLP, given
@@ -351,6 +351,7 @@ class ParallelDecoderLayer(nn.Module):
     def _check(self, x: Tensor, batch: RaggedBatch, layout: Layout | None) -> Range:
         """The tokens of this sequence rank, after checking that `x` holds them (or this rank's share of them)."""
         place = find_layout(self.ranks, layout)
+        check_gradients(self.parameters(), layout, self.ranks[None].layout)
         tokens = even_ranges(batch.num_tokens, place.layout.sp)[place.sp_rank]
         expected = even_split(tokens.size, place.layout.tp)[place.tp_rank] if self.sequence_sharded else tokens.size
         if x.ndim != 2 or x.shape[0] != expected:

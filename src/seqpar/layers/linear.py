@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from seqpar import comm, kernels
 from seqpar.comm import Groups, ProcessGroup, Steps, Wire
 from seqpar.kernels.quantize import check_wire
-from seqpar.layers.base import ShardedModule, Source, check_view, find_layout
+from seqpar.layers.base import ShardedModule, Source, check_gradients, check_view, find_layout
 from seqpar.partition import HeadMap, Layout, Piece, Range, block_ranges, even_split, shard_range
 
 __all__ = ["ColumnParallelLinear", "GateUpParallelLinear", "QKVParallelLinear", "RowParallelLinear", "Shard"]
@@ -579,6 +579,7 @@ class RowParallelLinear(_ShardedLinear):
         """See `forward`; yields once, at the reduction."""
         shard = self._shard(layout)
         (view,) = shard.views
+        check_gradients((self.bias,), layout, self.layout)
         self._check(x, view.size)
         partial = kernels.linear(x, self._view(view))
         if self.sequence_sharded:

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from seqpar import comm, kernels
 from seqpar.comm import Groups, ProcessGroup, Steps, Wire
 from seqpar.kernels.quantize import check_wire
-from seqpar.layers.base import ShardedModule, Source, check_covered, check_view, find_layout
+from seqpar.layers.base import ShardedModule, Source, check_covered, check_gradients, check_view, find_layout
 from seqpar.layers.linear import Tokens, enter_steps
 from seqpar.layers.mlp import check_activation, given
 from seqpar.partition import Layout, Piece, Range, block_ranges, even_ranges, even_split, shard_range
@@ -98,7 +98,8 @@ class ParallelMoE(nn.Module):
         check_wire(wire, self.gate.weight, "weight")
         self.placement, self.hidden_size = experts, hidden_size
         self.sequence_sharded, self.wire = sequence_sharded, wire
-        self.tp_groups: dict[Layout | None, ProcessGroup] = {None: groups.tp, groups.layout: groups.tp}
+        self.layout = groups.layout
+        self.tp_groups: dict[Layout | None, ProcessGroup] = {None: groups.tp, self.layout: groups.tp}
         self.reset_parameters()
 
     @classmethod
@@ -177,6 +178,7 @@ class ParallelMoE(nn.Module):
     ) -> Steps[Float[Tensor, "t m"]]:
         """See `forward`; yields at the collectives."""
         group = find_layout(self.tp_groups, layout)
+        check_gradients(self.gate.parameters(), layout, self.layout)
         self._check(x)
         tokens = num_tokens if self.sequence_sharded else len(x)
         x = yield from self._enter_steps(x, group, tokens)
