@@ -11,6 +11,7 @@ from seqpar.plan.overlap import Candidate, OverlapChoice, overlap
 from seqpar.plan.prefill import ModelShape, prefill_costs
 from seqpar.plan.schedule import Schedule, Slot, bound, makespan, repeated_makespan
 from seqpar.plan.shift import ShiftChoice, StepCosts, shift
+from seqpar.plan.steps import StepWork, step_costs, step_seconds
 from seqpar.plan.volumes import Volume, closed_volume, layer_volumes
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "Slot",
     "SlotCosts",
     "StepCosts",
+    "StepWork",
     "Volume",
     "bound",
     "calibrate",
@@ -39,4 +41,6 @@ __all__ = [
     "prefill_costs",
     "repeated_makespan",
     "shift",
+    "step_costs",
+    "step_seconds",
 ]

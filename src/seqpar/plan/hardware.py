@@ -60,6 +60,7 @@ class Fabric:
         bytes_per_s: bus bandwidth: an all-reduce of n bytes takes alpha + 2 (p - 1) / p * n / this.
         comm_sms: processors that the collective's kernel occupies.
         source: of the numbers.
+        all_to_all_alpha_s: latency of one all-to-all with what packs it; that of an all-reduce by default.
     """
 
     ranks: int
@@ -67,13 +68,20 @@ class Fabric:
     bytes_per_s: float
     comm_sms: int = 0
     source: str = ""
+    all_to_all_alpha_s: float | None = None
 
     def __post_init__(self) -> None:
-        if self.ranks < 1 or not (self.alpha_s >= 0 and self.bytes_per_s > 0 and self.comm_sms >= 0):
+        least = min(self.alpha_s, self.comm_sms, self.exchange_alpha_s)
+        if self.ranks < 1 or not (self.bytes_per_s > 0 and least >= 0):
             raise ValueError(
                 "`ranks` must be at least 1, `bytes_per_s` positive and the rest >= 0, got "
-                f"{self.ranks}, {self.bytes_per_s}, {self.alpha_s}, {self.comm_sms}"
+                f"{self.ranks}, {self.bytes_per_s}, {self.alpha_s}, {self.comm_sms}, {self.all_to_all_alpha_s}"
             )
+
+    @property
+    def exchange_alpha_s(self) -> float:
+        """Latency of one all-to-all."""
+        return self.alpha_s if self.all_to_all_alpha_s is None else self.all_to_all_alpha_s
 
     def all_reduce_s(self, num_bytes: int) -> float:
         """Seconds of one all-reduce; nothing over one rank."""
@@ -99,9 +107,14 @@ _ASSUMED = "assumed, typical of large prefills"
 _RTX4090 = Accelerator("RTX 4090", 165e12, 1.008e12, 128, 0.75, 0.6, source=_ASSUMED)
 _A800 = Accelerator("A800", 312e12, 2.039e12, 108, 0.75, 0.55, source=_ASSUMED)
 _H100 = Accelerator("H100 SXM", 989e12, 3.35e12, 132, 0.65, 0.5, source=_ASSUMED)
+_H200 = Accelerator("H200 SXM", 989e12, 4.8e12, 132, 0.65, 0.5, source=_ASSUMED)
 _PCIE = "assumed: PCIe 4.0 through the host, no peer-to-peer, NCCL's ring over shared memory"
 _NVLINK = "latency and rate as fitted to Vidur's A100 measurements (arXiv:2405.05465), the A800's links cut to 400 GB/s"
 _TOKENWEAVE = "fitted to TokenWeave's measured all-reduces of 64 to 32,768 tokens (arXiv:2505.11329)"
+_MIXED = (
+    "latency of a one-shot or switch all-reduce, which engines use for small sums, rate of NCCL, which they use for "
+    f"large ones, on H100s with the same links: {_TOKENWEAVE}"
+)
 
 MACHINES: Mapping[str, Machine] = MappingProxyType(
     {
@@ -111,6 +124,7 @@ MACHINES: Mapping[str, Machine] = MappingProxyType(
         "a800-x8": Machine(_A800, Fabric(8, 50e-6, 140e9, 24, _NVLINK)),
         "h100-x8-nccl": Machine(_H100, Fabric(8, 39e-6, 368e9, 24, _TOKENWEAVE)),
         "h100-x8-multimem": Machine(_H100, Fabric(8, 12.7e-6, 480e9, 8, _TOKENWEAVE)),
+        "h200-x8": Machine(_H200, Fabric(8, 12.7e-6, 368e9, 24, _MIXED)),
     }
 )
 """Machines of published results. Rates of the accelerators are the data sheets'; how many processors a collective

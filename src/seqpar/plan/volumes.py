@@ -68,12 +68,13 @@ def layer_volumes(
     """
     if layout.size != heads.size:
         raise ValueError(f"`layout` must be of the {heads.size} ranks that `heads` are split over, got {layout}")
-    heads, found = heads.on(layout), []
+    shares, found = even_split(num_tokens, layout.sp), []
+    widths = [q.size + 2 * kv.size for q, kv in zip(heads.q_ranges, heads.kv_ranges, strict=True)]
     for rank in range(layout.size):
         tp_rank, sp_rank = divmod(rank, layout.sp)
-        rows = even_split(num_tokens, layout.sp)[sp_rank]
-        there = rows * _all_but(heads.qkv_widths(tp_rank), sp_rank)
-        back = (num_tokens - rows) * heads.out_widths(tp_rank)[sp_rank]
+        rows = shares[sp_rank]
+        there = rows * (sum(widths[rank - sp_rank : rank - sp_rank + layout.sp]) - widths[rank])
+        back = (num_tokens - rows) * heads.q_ranges[rank].size
         volume = Volume(all_to_all=(there + back) * head_dim * itemsize)
         if sequence_sharded:
             own = even_split(rows, layout.tp)[tp_rank]
@@ -103,10 +104,6 @@ def closed_volume(
         all_to_all=Fraction(sp - 1, sp) * tokens * width * head_dim * itemsize,
         all_reduce=4 * Fraction(tp - 1, tp) * tokens * hidden_size * itemsize,
     )
-
-
-def _all_but(widths: tuple[int, ...], rank: int) -> int:
-    return sum(widths) - widths[rank]
 
 
 def _summed(elements: int, ranks: int, rank: int, *, one_shot: bool) -> int:
