@@ -155,7 +155,7 @@ def test_a_wire_format_above_its_bound_prints_no_numbers(tmp_path: Path) -> None
     script = tmp_path / "benchmarks" / "wire.py"
     script.parent.mkdir()
     right = (BENCHMARKS / "wire.py").read_text()
-    wrong = right.replace('"int8": 1 / 253', '"int8": 1 / 25300')
+    wrong = right.replace('"int8": 1 / 239', '"int8": 1 / 23900')
     assert wrong != right
     script.write_text(wrong)
     (script.parent / "common.py").write_text((BENCHMARKS / "common.py").read_text())

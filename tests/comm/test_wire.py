@@ -16,6 +16,7 @@ from tests.ranks import run_mesh
 WORLD = (2, 3, 4)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 worlds = pytest.mark.parametrize("p", WORLD, ids="p={}".format)
+SIZE = {"int8": 67, "fp8": 66}  # bytes of 64 numbers
 every = pytest.mark.parametrize("wire", ["int8", "fp8"])
 
 
@@ -62,9 +63,8 @@ def sums(mesh, wire):
             (grad,) = torch.autograd.grad(out, x, torch.ones_like(out))
             assert torch.equal(grad, torch.ones_like(grad))
     # A sum at the end of its dtype's range stays in it
-    for first in (65504.0, 40000.0) if wire == "int8" else (65504.0,):
-        x = torch.full((1, 64), [first, 65504.0 - first, 0.0, 0.0][rank]).half()
-        assert comm.all_reduce(x, group=group, wire=wire).isfinite().all()
+    x = torch.full((1, 64), [65504.0, 0.0, 0.0, 0.0][rank]).half()
+    assert comm.all_reduce(x, group=group, wire=wire).isfinite().all()
     x = torch.full((1, 64), 40000.0).half()
     assert not comm.all_reduce(x, group=group, wire=wire).isfinite().any()
     # A row's result is its own, whatever travels with it; also where rows are shared out by groups
@@ -206,15 +206,16 @@ def traffic(mesh, wire):
         with comm.record() as counts, link.on(group):
             call(wire=wire)
         assert plain.total.num_bytes == 2 * numbers, name
-        assert counts.total.num_bytes == counts.total.sent_bytes == numbers // 64 * 66, name
+        assert counts.total.num_bytes == counts.total.sent_bytes == numbers // 64 * SIZE[wire], name
         assert sum(booked) == counts.total.sent_bytes, name
         assert counts.total.sent_bytes <= 0.53 * plain.total.num_bytes, name
         assert counts.total.calls == 1, name
 
 
+@every
 @pytest.mark.parametrize("p", [2, 4], ids="p={}".format)
-def test_what_travels_is_counted_and_a_link_carries_it(p):
-    run_mesh((1, p), traffic, "int8")
+def test_what_travels_is_counted_and_a_link_carries_it(p, wire):
+    run_mesh((1, p), traffic, wire)
 
 
 def test_a_link_of_more_ranks_than_there_are_carries_the_bytes_of_the_format():
@@ -225,7 +226,7 @@ def test_a_link_of_more_ranks_than_there_are_carries_the_bytes_of_the_format():
     with link.on(group):
         assert comm.all_reduce(x, group=group, wire="int8") is x
         assert comm.reduce_scatter(x, group=group, wire="fp8") is x
-    assert booked == [56 * 132] * 3
+    assert booked == [56 * 134] * 2 + [56 * 132]
 
 
 def phases(mesh):
@@ -258,7 +259,7 @@ def within_bound(mesh, wire):
         parts = [rough(100 * seed + r, 4, 64).double() for r in range(p)]
         total = sum(parts)
         got = comm.all_reduce(parts[rank].float(), group=group, wire=wire).double()
-        half_step = {"int8": lambda a: a / 253, "fp8": lambda a: a / 16}[wire]
+        half_step = {"int8": lambda a: a / 239, "fp8": lambda a: a / 16}[wire]
         first = sum(half_step(part.abs().amax(1, keepdim=True)) for part in parts)
         bound = first + (half_step(total.abs().amax(1, keepdim=True) + first) if p > 2 else 0)
         assert ((got - total).abs() <= bound * (1 + 1e-5)).all()

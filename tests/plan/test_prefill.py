@@ -24,7 +24,8 @@ SHAPES = {
 LENGTHS = {1024: 0, 16384: 2, 131072: 4}  # and their column below, whose others are 4096 and 65536
 
 # Share of communication, two halves without and with the collective's processors taken away, four quarters, in %; by an
-# event simulation of the same assumptions written independently of this code. Of int8, it did not count the scales.
+# event simulation of the same assumptions written independently of this code. Of int8, it did not count the scales,
+# which are 4.7 % of the bytes and so move a share by up to 1.2 points.
 EXPECTED: dict[tuple[str, str, str | None], tuple[tuple[float, ...], ...]] = {
     ("rtx4090-x4", "30B", None): (
         (59.7, 58.2, 54.2, 42.7, 33.3),
@@ -77,7 +78,7 @@ def test_the_grid_as_it_was_worked_out_before(case: tuple[str, str, Any]) -> Non
         halves, quarters = (1 - c.even_s / free.serial_s for c in free.candidates)
         found = (free.comm_s / free.serial_s, halves, 1 - busy.candidates[0].even_s / busy.serial_s, quarters)
         expected = [row[column] / 100 for row in EXPECTED[case]]
-        assert found == pytest.approx(expected, abs=0.01 if wire else 0.0011)
+        assert found == pytest.approx(expected, abs=0.012 if wire else 0.0011)
 
 
 def test_a_layer_by_hand() -> None:
@@ -91,7 +92,7 @@ def test_a_layer_by_hand() -> None:
     assert mlp.compute_s == pytest.approx(2 * 7 * 24 * (40 + 20) / 1e9)
     assert attention.comm_s == mlp.comm_s == pytest.approx(1e-3 + 7 * 24 * 2 / 1e6)
     int8 = prefill_costs(shape, Machine(device, Fabric(2, 1e-3, 1e6)), wire="int8")
-    assert int8.chunk(Prompt(7), 0, 7)[0].comm_s == pytest.approx(1e-3 + 7 * encoded_width(24) / 1e6)
+    assert int8.chunk(Prompt(7), 0, 7)[0].comm_s == pytest.approx(1e-3 + 7 * encoded_width(24, "int8") / 1e6)
     (append,) = costs.chunk(Prompt(7), 0, 7, last=True)
     assert append == (pytest.approx(2 * 7 * 24 * 20 / 1e9), 0.0)
     alone = prefill_costs(shape, Machine(device, Fabric(1, 1e-3, 1e6)))

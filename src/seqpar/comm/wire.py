@@ -32,7 +32,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from seqpar.kernels.quantize import CODES, GROUP, Wire, check_wire, decode, encode, encoded_width
+from seqpar.kernels.quantize import FORMATS, PIECE, Wire, check_wire, decode, encode, encoded_width
 
 __all__ = ["Code", "Wire", "check_wire"]
 
@@ -56,17 +56,17 @@ class Code(NamedTuple):
 
     @classmethod
     def of_sum(cls, x: Tensor, wire: Wire | None, p: int) -> Code:
-        """The code of a tensor whose rows are shared out to `p` ranks: by groups where there are few rows.
+        """The code of a tensor whose rows are shared out to `p` ranks: in pieces where there are few rows.
 
-        The bytes of a group are the same in both.
+        The bytes of a piece are the same in both.
         """
         code = cls.of(x, wire)
-        few = code.unit % GROUP == 0 and x.numel() < 8 * p * code.unit
-        return code._replace(unit=GROUP) if few else code
+        few = code.unit % PIECE == 0 and x.numel() < 8 * p * code.unit
+        return code._replace(unit=PIECE) if few else code
 
     def size(self, numel: int) -> int:
         """Elements of the buffer that carries so many numbers."""
-        return numel if self.wire is None else numel // self.unit * encoded_width(self.unit)
+        return numel if self.wire is None else numel // self.unit * encoded_width(self.unit, self.wire)
 
     def num_bytes(self, numel: int) -> int:
         """Bytes of that buffer."""
@@ -78,13 +78,13 @@ class Code(NamedTuple):
         if self.wire is None:
             return flat
         rows = encode(flat.view(-1, self.unit), self.wire, limit=self.dtype)
-        return rows.view(-1).view(CODES[self.wire])  # so that ranks in different formats do not look alike
+        return rows.view(-1).view(FORMATS[self.wire].codes)  # so that ranks in different formats do not look alike
 
     def decode(self, flat: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """The numbers, flat."""
         if self.wire is None:
             return flat
-        rows = flat.view(torch.uint8).view(-1, encoded_width(self.unit))
+        rows = flat.view(torch.uint8).view(-1, encoded_width(self.unit, self.wire))
         return decode(rows, self.unit, dtype or self.dtype, self.wire).view(-1)
 
     def total(self, parts: Sequence[Tensor]) -> Tensor:

@@ -96,7 +96,7 @@ def prefill_costs(
     heads = shape.num_heads * shape.head_dim
     products = (((shape.qkv_size // p, m), (m, heads // p)), ((2 * f // p, m), (m, f // p)))
     passes = (2 * shape.qkv_size // p, 3 * f // p)  # elements a token: rotary and append; activation
-    row = m * _HALF if wire is None else encoded_width(m)
+    row = m * _HALF if wire is None else encoded_width(m, wire)
 
     def compute(tokens: int, half: int) -> float:
         memory = passes[half] * (device.tile is not None) + (_NORM_PASSES * m if norms else 0)

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from seqpar.kernels.dispatch import Backend, choose_backend, unknown_backend
 from seqpar.kernels.quantize import pytorch, reference
-from seqpar.kernels.quantize.reference import CODES, GROUP, Wire, encoded_width
+from seqpar.kernels.quantize.reference import FORMATS, PIECE, Wire
 
-__all__ = ["CODES", "GROUP", "Wire", "check_wire", "decode", "encode", "encoded_width"]
+__all__ = ["FORMATS", "PIECE", "Wire", "check_wire", "decode", "encode", "encoded_width"]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -20,18 +20,18 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def encode(
     x: Float[Tensor, "rows n"], wire: Wire, *, limit: torch.dtype | None = None, backend: Backend = "auto"
 ) -> UInt8[Tensor, "rows bytes"]:
-    """Rows as bytes: a code for each number, then a bfloat16 scale for each group of 64 numbers.
+    """Rows as bytes: a code for each number, then a scale for each group of 32 (int8) or 64 (fp8) numbers.
 
     In:    x[rows, n] in float32, bfloat16 or float16; the last group of a row may be short.
-    Out:   [rows, n + 2 * ceil(n / 64)]; a row's bytes depend on that row alone.
+    Out:   [rows, encoded_width(n)]; a row's bytes depend on that row alone.
     Grad:  none.
 
     With A the largest magnitude of a group, `decode` gives back its numbers x to within
-      int8:  A / 253, half of a step;
+      int8:  A / 239, half of a step, which is A / 127 rounded up to 4 bits of mantissa;
       fp8:   the greater of |x| / 16 and A / 456000 (float8_e4m3fn, scaled so that A becomes its largest number),
     and a few float32 roundings of A and the one to the dtype asked for. Groups below 6e-36 may lose 6e-39 more; those
-    within 1 % of the largest number of their dtype may lose twice as much, so that finite numbers stay finite. A group
-    with an infinity or a NaN becomes NaN as a whole.
+    within 6 % (fp8: 1 %) of the largest number of their dtype may lose twice as much, so that finite numbers stay
+    finite. A group with an infinity or a NaN becomes NaN as a whole.
 
     Args:
         x: the rows.
@@ -57,7 +57,7 @@ def decode(
 ) -> Float[Tensor, "rows n"]:
     """The numbers of encoded rows.
 
-    In:    data[rows, n + 2 * ceil(n / 64)], as `encode` made it.
+    In:    data[rows, encoded_width(n)], as `encode` made it.
     Out:   [rows, n] in `dtype`, rounded once from the float32 products of codes and scales.
 
     Raises:
@@ -66,8 +66,9 @@ def decode(
     check_wire(wire)
     if dtype not in DTYPES:
         raise ValueError(f"`dtype` must be one of {', '.join(map(str, DTYPES))}, got {dtype}")
-    if data.shape[1] != encoded_width(n):
-        raise ValueError(f"`data` must have {encoded_width(n)} bytes a row for {n} numbers, got {data.shape[1]}")
+    width = encoded_width(n, wire)
+    if data.shape[1] != width:
+        raise ValueError(f"`data` must have {width} bytes a row for {n} numbers, got {data.shape[1]}")
     if backend == "auto":
         backend = choose_backend("quantize", data.device, dtype)
     if backend == "torch":
@@ -75,6 +76,15 @@ def decode(
     if backend == "reference":
         return reference.decode(data, n, dtype, wire)
     raise unknown_backend(backend)
+
+
+def encoded_width(n: int, wire: Wire) -> int:
+    """Bytes of a row of `n` numbers.
+
+    int8: n + g + ceil(g / 2) for g = ceil(n / 32) groups, whose scales take 12 bits; 67 for 64 numbers.
+    fp8:  n + 2 g for g = ceil(n / 64) groups, whose scales take 16 bits; 66 for 64 numbers.
+    """
+    return FORMATS[wire].encoded_width(n)
 
 
 def check_wire(wire: Wire | None, x: Tensor | None = None, name: str = "x") -> None:

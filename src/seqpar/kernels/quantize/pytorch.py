@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from seqpar.kernels.quantize.reference import CODES, GROUP, Wire, encoded_width, num_groups, scales, scales_of
+from seqpar.kernels.quantize.reference import FORMATS, Format, Wire, pack, scales, scales_of
 
 __all__ = ["decode", "encode"]
 
@@ -22,25 +22,25 @@ BLOCK = 1 << 17
 
 def encode(x: Float[Tensor, "rows n"], wire: Wire, limit: torch.dtype) -> UInt8[Tensor, "rows bytes"]:
     """`seqpar.kernels.quantize.reference`, byte for byte where `x` is finite."""
-    x, n = x.detach(), x.shape[1]
-    data = x.new_empty(len(x), encoded_width(n), dtype=torch.uint8)
-    codes, scale = data[:, :n].view(CODES[wire]), x.new_empty(len(x), num_groups(n), dtype=torch.bfloat16)
-    for rows, columns, groups, scratch in _blocks(len(x), n, x.device):
+    form, x, n = FORMATS[wire], x.detach(), x.shape[1]
+    data = x.new_empty(len(x), form.encoded_width(n), dtype=torch.uint8)
+    codes, scale = data[:, :n].view(form.codes), x.new_empty(len(x), form.num_groups(n), dtype=torch.float32)
+    for rows, columns, groups, scratch in _blocks(len(x), n, form, x.device):
         scratch.copy_(x[rows, columns].unflatten(1, scratch.shape[1:]))
-        largest = torch.maximum(scratch.amax(-1), scratch.amin(-1).neg_())
-        scale[rows, groups], inverse = scales(largest, wire, limit)
+        scale[rows, groups], inverse = scales(scratch.abs().amax(-1), form, limit)
         scratch.mul_(inverse[..., None])
         if wire == "int8":
             scratch.round_()
         codes[rows, columns].unflatten(1, scratch.shape[1:]).copy_(scratch)
-    data[:, n:] = scale.view(torch.uint8)
+    data[:, n:] = pack(scale, form)
     return data
 
 
 def decode(data: UInt8[Tensor, "rows bytes"], n: int, dtype: torch.dtype, wire: Wire) -> Float[Tensor, "rows n"]:
     """`seqpar.kernels.quantize.reference`, bit for bit."""
-    out, codes, scale = data.new_empty(len(data), n, dtype=dtype), data[:, :n], scales_of(data, n)
-    for rows, columns, groups, scratch in _blocks(len(data), n, data.device):
+    form = FORMATS[wire]
+    out, codes, scale = data.new_empty(len(data), n, dtype=dtype), data[:, :n], scales_of(data, n, form)
+    for rows, columns, groups, scratch in _blocks(len(data), n, form, data.device):
         block, factor = codes[rows, columns].unflatten(1, scratch.shape[1:]), scale[rows, groups]
         if wire == "fp8" and data.is_cpu:
             # PyTorch converts 8-bit floats one by one on a CPU, but float16 in vectors. Sign, exponent and mantissa
@@ -49,16 +49,16 @@ def decode(data: UInt8[Tensor, "rows bytes"], n: int, dtype: torch.dtype, wire: 
             scratch.copy_(half.view(torch.float16))
             factor = factor * 256
         else:
-            scratch.copy_(block.view(CODES[wire]))
+            scratch.copy_(block.view(form.codes))
         out[rows, columns].unflatten(1, scratch.shape[1:]).copy_(scratch.mul_(factor[..., None]))
     return out
 
 
-def _blocks(num_rows: int, n: int, device: torch.device) -> Iterator[tuple[slice, slice, slice, Tensor]]:
+def _blocks(num_rows: int, n: int, form: Format, device: torch.device) -> Iterator[tuple[slice, slice, slice, Tensor]]:
     """A few rows at a time: of their whole groups, then of the short ones, the slices and room for the numbers."""
-    whole, short = divmod(n, GROUP)
+    whole, short = divmod(n, form.group)
     for columns, groups, size in (
-        (slice(0, n - short), slice(0, whole), GROUP),
+        (slice(0, n - short), slice(0, whole), form.group),
         (slice(n - short, n), slice(whole, whole + 1), short),
     ):
         width = columns.stop - columns.start
