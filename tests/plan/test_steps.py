@@ -124,7 +124,9 @@ def test_the_paper_is_predicted(paper: Any) -> None:
 def test_the_command_runs(
     paper: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(paper, "MAX_REQUESTS", 8)  # of which a server's replay takes a moment
+    monkeypatch.setattr(paper, "MAX_REQUESTS", 2)  # of which a server's replay takes a moment
+    monkeypatch.setattr(paper, "SIZES", (1, 512, 4096))
+    monkeypatch.setitem(paper.PUBLISHED, "output", 10)
     table, page, picture = (tmp_path / name for name in ("out.json", "out.md", "out.png"))
     paper.main(["--quick", "--json", str(table), "--markdown", str(page), "--plot", str(picture)])
     assert "**Qwen-32B**" in capsys.readouterr().out
