@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from seqpar.hf.checkpoint import Checkpoint
 from seqpar.partition import Range
 
+FILE = "model.safetensors"
 TENSORS = {
     "a": torch.arange(35, dtype=torch.float32).view(5, 7),
     "b": torch.arange(11, dtype=torch.bfloat16),
@@ -41,6 +42,27 @@ def test_a_window_is_that_slice_and_costs_its_bytes(
     found = checkpoint.read(name, dim, window)
     assert torch.equal(found, expected) and found.dtype == tensor.dtype and found.is_contiguous()
     assert checkpoint.bytes_read == expected.numel() * expected.itemsize == checkpoint.window_bytes(name, dim, window)
+
+
+@settings(deadline=None, max_examples=50)
+@given(data=st.data(), dim=st.integers(0, 2))
+def test_a_window_of_stacked_matrices_costs_its_bytes(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, dim: int
+) -> None:
+    path = tmp_path_factory.mktemp("stacked")
+    tensor = torch.arange(90, dtype=torch.float32).view(3, 6, 5)
+    names = tuple(tuple(f"{e}.{part}" for part in "ab") for e in range(3))
+    save_file({name: tensor[e, 3 * i : 3 * i + 3] for e in range(3) for i, name in enumerate(names[e])}, path / FILE)
+    checkpoint = Checkpoint.open(path)
+    start = data.draw(st.integers(0, tensor.shape[dim]))
+    window = Range(start, data.draw(st.integers(start, tensor.shape[dim])))
+    expected = tensor.narrow(dim, window.start, window.size)
+    found = checkpoint.read(names, dim, window)
+    assert torch.equal(found, expected) and found.is_contiguous()
+    assert checkpoint.bytes_read == expected.numel() * 4 == checkpoint.window_bytes(names, dim, window)
+    beside = {i // 3 for i in range(*window)} if dim == 1 else {0, 1}
+    stacked = range(*window) if dim == 0 else range(3)
+    assert checkpoint.names_read == {names[e][i] for e in stacked for i in beside if window.size}
 
 
 def test_reads_touch_no_other_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

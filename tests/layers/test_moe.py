@@ -371,7 +371,7 @@ REFUSED: list[tuple[Any, Any, str]] = [
     (
         lambda b: setattr(b.gate, "forward", lambda x: (x, 2 * x[:, :2], Gate.forward(b.gate, x)[2])),
         ValueError,
-        "`gate` must give the largest probabilities of a softmax and their experts",
+        "`gate` must give the largest probabilities of a softmax, got",
     ),
 ]
 

@@ -183,7 +183,8 @@ class _Bench:
         self.layers, self.layout = layers, layout
         core, qkv = _parts(layers[0])
         dtype, device = qkv.weight.dtype, qkv.weight.device
-        self.x = torch.linspace(-1, 1, qkv.in_features, dtype=dtype, device=device).expand(most, -1)
+        generator = torch.Generator().manual_seed(0)  # unlike tokens, or all would ask for the same experts
+        self.x = torch.randn(most, qkv.in_features, generator=generator).to(device, dtype)
         self.cos = torch.ones(most, core.head_dim, dtype=dtype, device=device)
         self.sin = torch.zeros_like(self.cos)
         self.indices = [_parts(layer)[0].layer_index for layer in layers]
