@@ -139,7 +139,7 @@ def calibrate_layouts(
         layouts: those to measure.
         group: all ranks of the mesh, `groups.flat`.
         num_layers: of the whole stack.
-        tokens: sizes of steps to measure, increasing; between and beyond them costs go straight on.
+        tokens: sizes of steps to measure, increasing; between them costs go straight, beyond them nothing is known.
         rounds: measurements of each, after one that is not counted; four times as many up to 64 tokens.
         progress: told how many measurements are done, and of how many.
 
