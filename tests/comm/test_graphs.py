@@ -125,8 +125,9 @@ def test_steps_by_graphs_equal_eager_ones_whatever_their_size() -> None:
 def in_place(mesh: comm.DeviceMesh) -> None:
     """Graphs read the parameters where they are: what changes in place is seen, what moves is refused."""
     stack = Stack(mesh)
-    keys = GraphKeys.every([SP], [4])
-    ours = comm.StepGraphs(stack.step, keys, LIKE, modules=[stack.layers], group=stack.layouts[SP].flat)
+    with torch.inference_mode():  # and called without it
+        keys = GraphKeys.every([SP], [4])
+        ours = comm.StepGraphs(stack.step, keys, LIKE, modules=[stack.layers], group=stack.layouts[SP].flat)
     x, scale = torch.randn(4, M, dtype=torch.float64), torch.ones(4, dtype=torch.float64)
     before = ours(SP, x, scale.requires_grad_())
     weight = stack.layers[1].mlp.down_proj.weight
