@@ -33,7 +33,7 @@ from seqpar.layers import (
     name_modules,
 )
 from seqpar.partition import HeadMap, Layout, Range, ThreePhase, even_ranges
-from seqpar.ragged import RaggedBatch
+from seqpar.ragged import RaggedBatch, Tail
 from tests.kernels.own_errors import own_errors
 from tests.layers.reference import DecoderLayer, name_of, rope
 from tests.ranks import run_ranks
@@ -49,7 +49,8 @@ class Model:
 
     Attributes:
         exact: numbers for which nothing rounds, in whatever order they are summed.
-        how: "pipelined" cores, layers "overlapped" within themselves, or chunks "by turns".
+        how: "pipelined" cores, layers "overlapped" within themselves, chunks "by turns", or in the last layer the
+            "tail" of a step alone.
     """
 
     num_heads: int
@@ -72,7 +73,7 @@ class Model:
 TURNS = Model(6, 3, bias=True, sequence_sharded=True, window=4, how="by turns")
 CASES = {
     2: [TURNS, Model(2, 2, qk_norm=True), Model(5, 1, bias=True, window=3), Model(8, 4, exact=True, window=2)],
-    3: [Model(5, 5, bias=True, window=2, exact=True), Model(6, 2, sequence_sharded=True, qk_norm=True)],
+    3: [Model(5, 5, bias=True, window=2, exact=True), Model(6, 2, sequence_sharded=True, qk_norm=True, how="tail")],
     4: [
         Model(8, 2, hidden=3, dtype=torch.float32),
         Model(14, 2, bias=True, exact=True, window=2),
@@ -192,11 +193,18 @@ def held(model: Model, num_tokens: int, groups: comm.Groups) -> Range:
 
 
 def program(
-    layers: Sequence[ParallelDecoderLayer], x: Tensor, batch: RaggedBatch, kv: PagedKV, model: Model, layout: Layout
+    layers: Sequence[ParallelDecoderLayer],
+    x: Tensor,
+    batch: RaggedBatch,
+    kv: PagedKV,
+    model: Model,
+    layout: Layout,
+    tail: Tail | None,
 ) -> comm.Steps[Tensor]:
     cos, sin = tables(model, batch.positions)
     for layer in layers:
-        x = yield from comm.call(layer, x, batch, cos, sin, kv, layout=layout)
+        options = {"tail": tail} if tail is not None and layer is layers[-1] else {}
+        x = yield from comm.call(layer, x, batch, cos, sin, kv, layout=layout, **options)
     return x
 
 
@@ -205,7 +213,7 @@ Drive = Callable[[Sequence[comm.Steps[Tensor]]], list[Tensor]]
 
 def serve(
     model: Model, base: Layout, steps: Steps, xs: Sequence[Tensor], drive: Drive = comm.interleave
-) -> tuple[list[list[tuple[slice, Tensor]]], PagedKV]:
+) -> tuple[list[list[tuple[list[int], Tensor]]], PagedKV]:
     """Run the steps: for each the rows of it that this rank holds, by chunks, with their outputs; and the cache."""
     layouts, layers = layouts_of(base), stack(model, base)
     kv = PagedKV(LAYERS, 40, 3, layers[0].self_attn.core.num_kv_heads, DIM, dtype=model.dtype)
@@ -215,10 +223,12 @@ def serve(
         batch = kv.batch(range(REQUESTS), lens)
         cuts = [(len(x) + 1) // 2] if model.how == "by turns" else []
         rows = [held(model, stop - start, layouts[layout]).shift(start) for start, stop in pairwise([0, *cuts, len(x)])]
-        chunks = zip(rows, batch.split(cuts), strict=True)
+        tail = batch.tail([len(x) - 1, pick % len(x)]) if model.how == "tail" else None
+        chunks = zip(rows, batch.split(cuts) if cuts else [batch], strict=True)
         with torch.no_grad():
-            outs = drive([program(layers, x[slice(*own)], part, kv, model, layout) for own, part in chunks])
-        done.append([(slice(*own), out) for own, out in zip(rows, outs, strict=True)])
+            outs = drive([program(layers, x[slice(*own)], part, kv, model, layout, tail) for own, part in chunks])
+        found = [list(range(*own) if tail is None else tail.within(*own)) for own in rows]
+        done.append(list(zip(found, outs, strict=True)))
     return done, kv
 
 
