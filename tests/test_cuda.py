@@ -68,6 +68,19 @@ def test_attention_is_as_exact_as_pytorchs(dtype: torch.dtype, window: int | Non
     assert error(lse, exact_lse) <= (2e-2 if dtype != torch.float32 else 1e-4)
 
 
+@pytest.mark.parametrize("width", [40, 41])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_experts_are_as_exact_as_one_product_each(dtype: torch.dtype, width: int) -> None:
+    """In bfloat16 and with sizes that are multiples of eight by a grouped product."""
+    torch.manual_seed(0)
+    x, counts = torch.randn(200, 64, device="cuda", dtype=dtype), torch.tensor([0, 150, 0, 1, 49, 0])
+    gate_up, down = (torch.randn(6, *shape, device="cuda", dtype=dtype) / 8 for shape in ((2 * width, 64), (64, width)))
+    blocks = [width // 2, width - width // 2]
+    exact = kernels.experts(x.double(), gate_up.double(), down.double(), counts, blocks, backend="reference")
+    plain = kernels.experts(x, gate_up, down, counts, blocks, backend="reference")
+    assert error(kernels.experts(x, gate_up, down, counts.cuda(), blocks), exact) <= 2 * error(plain, exact) + 1e-5
+
+
 def test_every_collective_of_one_nccl_rank_keeps_its_argument(mesh: comm.DeviceMesh) -> None:
     group = comm.groups(mesh).flat
     x = torch.randn(6, 4, device="cuda")

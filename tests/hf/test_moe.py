@@ -76,6 +76,24 @@ def test_gradients(experts: str) -> None:
     run_mesh((2, 1), trains, "mixtral", experts)
 
 
+def routes(mesh: comm.DeviceMesh, kind: str, dtype: torch.dtype) -> None:
+    """Experts and weights are Transformers' own, bit for bit and in their dtype, whichever the model renormalises."""
+    for overrides in ({},) if kind == "mixtral" else ({"norm_topk_prob": True}, {"norm_topk_prob": False}):
+        block = tiny_model(kind, dtype=dtype, **overrides).model.layers[0].mlp
+        router = layers.ParallelMoE.from_module(block, groups=comm.groups(mesh)).gate
+        x = torch.randn(50, block.gate.weight.shape[1], dtype=dtype)
+        with torch.no_grad():
+            _, weights, ids = block.gate(x)
+            ours, our_ids = router(x)
+        assert torch.equal(our_ids, ids) and torch.equal(ours, weights) and ours.dtype == weights.dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_router_is_transformers(kind: str, dtype: torch.dtype) -> None:
+    run_mesh((1, 1), routes, kind, dtype)
+
+
 def saved(path: Path, kind: str, *, as_held: bool = False) -> Path:
     """A checkpoint as the hub has it, or with the tensors that Transformers holds."""
     tiny_model(kind).save_pretrained(path, save_original_format=not as_held, max_shard_size="20KB")

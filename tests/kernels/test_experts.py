@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from seqpar.kernels import combine, experts, route, sort_by_expert
+from seqpar.kernels.experts import pytorch, reference
 from tests.kernels.own_errors import own_errors
 
 BACKENDS = ["torch", "reference"]
@@ -84,6 +85,23 @@ def test_values_are_those_of_the_formula(backend: str, dtype: torch.dtype) -> No
     view = torch.cat([down[:, :, :2], down], 2)[:, :, 2:]
     assert not view.is_contiguous()
     assert torch.equal(whole(x, packed(gate, up, blocks), view, ids, weights, blocks, backend), found)
+
+
+def test_grouped_products_are_one_for_each_expert() -> None:
+    """What runs on CUDA, where PyTorch has it on a CPU: experts without rows, columns of wider weights, gradients."""
+    torch.manual_seed(2)
+    wide = torch.randn(4, 16, 48)
+    gate_up, down = torch.randn(4, 32, 16) / 4, wide[:, :, 16:32]
+    x, counts = torch.randn(7, 16), torch.tensor([0, 4, 0, 3])
+    results = []
+    for run in (pytorch.grouped, reference.experts):
+        leaves = [tensor.clone().requires_grad_() for tensor in (x, gate_up, wide)]
+        out = run(leaves[0], leaves[1], leaves[2][:, :, 16:32], counts, [8, 8])
+        out.square().sum().backward()
+        results.append([out, *(leaf.grad for leaf in leaves)])
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        torch.testing.assert_close(pytorch.grouped(x, gate_up, down, counts, [8, 8]), results[1][0])
 
 
 @backends

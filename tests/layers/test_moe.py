@@ -225,6 +225,20 @@ def test_bytes_are_the_formulas(layout: tuple[int, int], dtype: torch.dtype, wir
         assert counts == {("all_reduce", ""): (1, whole + (tp - 2) * part)}
 
 
+def test_bytes_of_sequence_sharded_activations() -> None:
+    """On two ranks of `tp`, 10 and 9 of 19 tokens: "tp" gathers and scatters them, "ep" sends nothing but rows."""
+    row, case = SIZE * 8, Case("tp", tokens=19, sequence_sharded=True)
+    for rank, (counts, _) in enumerate(run_mesh((2, 1), traffic, case, torch.float64, None)):
+        mine = 10 - rank
+        assert counts == {("all_gather", ""): (1, mine * row), ("reduce_scatter", ""): (1, (19 - mine) * row)}
+    sharded, whole = (
+        run_mesh((2, 1), traffic, replace(case, experts="ep", sequence_sharded=flag), torch.float64, None)
+        for flag in (True, False)
+    )
+    for rank, ((counts, _), (more, _)) in enumerate(zip(sharded, whole, strict=True)):
+        assert more == counts | {("all_gather", ""): (1, (10 - rank) * row)}
+
+
 def decoder(mesh: comm.DeviceMesh, case: Case) -> None:
     """In a decoder layer: whole, and a last layer's tail, whose rows the ranks hold unevenly; some hold none."""
     groups = comm.groups(mesh)

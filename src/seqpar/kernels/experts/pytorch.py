@@ -1,7 +1,7 @@
-"""Experts on sorted rows: one product for each expert that has rows, or one grouped product where PyTorch has it.
+"""Experts on sorted rows: one product for each expert that has rows, or one grouped product where that is fast.
 
 The grouped product (bfloat16 on CUDA of compute capability 8.0 and up) reads the counts on the device, so the host need
-not wait for them; it has been read about and not been run here.
+not wait for them. It has been tried on a CPU, where PyTorch has a slow one, and not on a GPU.
 """
 
 from __future__ import annotations
@@ -28,10 +28,8 @@ def experts(
     blocks: Sequence[int],
 ) -> Float[Tensor, "r m"]:
     """`seqpar.kernels.experts.reference`."""
-    if len(x) and x.is_cuda and _takes(x, gate_up, down):
-        ends = counts.cumsum(0).to(torch.int32)
-        hidden = swiglu(F.grouped_mm(x, gate_up.mT, offs=ends), blocks, consume=True)
-        return F.grouped_mm(hidden, down.mT, offs=ends)
+    if x.is_cuda and _takes(x, gate_up, down):
+        return grouped(x, gate_up, down, counts, blocks)
     sizes = counts.tolist()
     busy = [expert for expert, size in enumerate(sizes) if size]
     if not busy:
@@ -46,14 +44,26 @@ def experts(
     return out[0] if len(out) == 1 else torch.cat(out)
 
 
-def _takes(x: Tensor, *weights: Tensor) -> bool:
-    """Whether the grouped product takes these: bfloat16, rows that begin at multiples of 16 bytes."""
+def grouped(
+    x: Float[Tensor, "r m"],
+    gate_up: Float[Tensor, "e g m"],
+    down: Float[Tensor, "e m f"],
+    counts: Int64[Tensor, " e"],
+    blocks: Sequence[int],
+) -> Float[Tensor, "r m"]:
+    """`seqpar.kernels.experts.reference` by grouped products."""
+    ends = counts.cumsum(0).to(torch.int32)
+    hidden = swiglu(F.grouped_mm(x, gate_up.mT, offs=ends), blocks, consume=True)
+    return F.grouped_mm(hidden, down.mT, offs=ends)
+
+
+def _takes(x: Tensor, gate_up: Tensor, down: Tensor) -> bool:
+    """Whether the grouped product takes these: bfloat16 rows, with sizes and strides that are multiples of 16 bytes."""
     return (
-        hasattr(F, "grouped_mm")
+        len(x) > 0
+        and all(t.dtype == torch.bfloat16 for t in (x, gate_up, down))
         and torch.cuda.get_device_capability(x.device) >= (8, 0)
-        and all(w.dtype == x.dtype == torch.bfloat16 for w in weights)
-        and all(
-            t.stride(-1) == 1 and t.data_ptr() % 16 == 0 and all(s % 8 == 0 for s in (*t.shape[-2:], *t.stride()[:-1]))
-            for t in weights
-        )
+        and all(t.stride(-1) == 1 and t.data_ptr() % 16 == 0 for t in (x, gate_up, down))
+        and all(n % 8 == 0 for n in (*gate_up.shape[1:], *down.shape[1:]))
+        and all(n % 8 == 0 for t in (x, gate_up, down) for n in t.stride()[:-1])
     )

@@ -27,7 +27,8 @@ def sort_by_expert(
 ) -> tuple[Int64[Tensor, " n"], Int64[Tensor, " {num_experts}"]]:
     """The places of all entries, sorted by expert, and how many each expert has."""
     flat = ids.flatten()
-    return flat.argsort(stable=True), torch.bincount(flat, minlength=num_experts)
+    counts = flat.new_zeros(num_experts).scatter_add_(0, flat, torch.ones_like(flat))  # `bincount` waits for the GPU
+    return flat.argsort(stable=True), counts
 
 
 def experts(
