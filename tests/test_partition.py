@@ -14,6 +14,7 @@ from seqpar.partition import (
     Layout,
     Range,
     Shift,
+    Striping,
     ThreePhase,
     block_ranges,
     even_ranges,
@@ -243,3 +244,54 @@ def test_given_cuts_are_taken_as_they_are_or_refused() -> None:
             Interleave(cuts=cuts)
     with pytest.raises(ValueError, match="`chunks` and `min_tokens` must be at least 2, got 1 and 1024"):
         Interleave(1)
+
+
+stripings = st.tuples(st.integers(1, 6), st.integers(1, 5))
+
+
+@given(stripings, st.integers(0, 200), st.data())
+def test_striping_is_what_dealing_out_runs_gives(sizes: tuple[int, int], length: int, data: st.DataObject) -> None:
+    ranks, run = sizes
+    striping = Striping(ranks, run)
+    held: list[list[int]] = [[] for _ in range(ranks)]
+    for token in range(length):
+        rank = (token // run) % ranks
+        assert striping.owner(token) == rank and striping.local_offset(token) == len(held[rank])
+        held[rank].append(token)
+    start = data.draw(st.integers(0, length))
+    for rank, tokens in enumerate(held):
+        assert striping.local_len(length, rank) == len(tokens)
+        assert striping.tokens(0, length, rank) == tuple(tokens)
+        assert striping.tokens(start, length, rank) == tuple(t for t in tokens if t >= start)
+        assert tokens[slice(*striping.local_range(start, length, rank))] == [t for t in tokens if t >= start]
+    shares = [len(tokens) for tokens in held]
+    assert sum(shares) == length and max(shares) - min(shares) <= run
+
+
+@given(stripings, st.integers(1, 4), st.integers(0, 100))
+def test_a_token_has_one_page_on_every_rank(sizes: tuple[int, int], rounds: int, token: int) -> None:
+    """Its place in a page of the request is that of the page's own striping, so slots need no request."""
+    striping = Striping(*sizes)
+    page, offset = divmod(token, striping.period * rounds)
+    local = striping.interleave * rounds
+    assert striping.owner(token) == striping.owner(offset)
+    assert striping.local_offset(token) == page * local + striping.local_offset(offset)
+
+
+@given(head_maps())
+def test_kv_routes_bring_every_head_to_every_rank_once(heads: HeadMap) -> None:
+    for tp_rank in range(heads.tp):
+        routes = heads.kv_routes(tp_rank)
+        for target in range(heads.sp):
+            arriving = [head for each in routes for head in each[target]]
+            assert sorted(arriving) == list(range(*heads.kv_shard(tp_rank)))
+        for source, targets in enumerate(routes):
+            own = range(*heads.kv_ranges[tp_rank * heads.sp + source])
+            assert targets[source] == tuple(own)
+            assert all(head in own for route in targets for head in route)
+
+
+@pytest.mark.parametrize(("ranks", "interleave"), [(0, 1), (2, 0)])
+def test_a_striping_of_nothing_is_refused(ranks: int, interleave: int) -> None:
+    with pytest.raises(ValueError, match=f"must be at least 1, got ranks={ranks}, interleave={interleave}"):
+        Striping(ranks, interleave)

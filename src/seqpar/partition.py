@@ -29,6 +29,7 @@ __all__ = [
     "Range",
     "Segment",
     "Shift",
+    "Striping",
     "ThreePhase",
     "block_ranges",
     "even_ranges",
@@ -340,6 +341,66 @@ class ThreePhase:
 
 
 @dataclass(frozen=True)
+class Striping:
+    """Which rank holds which tokens of a request when its keys are dealt out in short runs: `t // interleave % ranks`.
+
+    The ranks' shares never differ by more than `interleave` tokens, however long a request grows, so nothing is ever
+    moved to restore balance. Among its own, a rank numbers tokens without gaps, in order. A page of
+    `ranks * interleave * n` tokens holds `interleave * n` on every rank, so that one page table serves them all.
+
+    Args:
+        ranks: that hold the tokens between them.
+        interleave: tokens of a run.
+
+    Raises:
+        ValueError: a count below one.
+
+    Source: decode context parallelism in vLLM; the runs are those of Helix, arXiv:2507.07120.
+    """
+
+    ranks: int
+    interleave: int = 1
+
+    def __post_init__(self) -> None:
+        if min(self.ranks, self.interleave) < 1:
+            raise ValueError(
+                f"`ranks` and `interleave` must be at least 1, got ranks={self.ranks}, interleave={self.interleave}"
+            )
+
+    @property
+    def period(self) -> int:
+        """Tokens after which it is the first rank's turn again."""
+        return self.ranks * self.interleave
+
+    def owner(self, token: int) -> int:
+        """The rank that holds a token.
+
+        >>> [Striping(2, interleave=3).owner(token) for token in range(8)]
+        [0, 0, 0, 1, 1, 1, 0, 0]
+        """
+        return token // self.interleave % self.ranks
+
+    def local_offset(self, token: int) -> int:
+        """How many tokens before it its owner holds."""
+        return token // self.period * self.interleave + token % self.interleave
+
+    def local_len(self, length: int, rank: int) -> int:
+        """How many of the first `length` tokens a rank holds."""
+        rounds, rest = divmod(length, self.period)
+        return rounds * self.interleave + min(max(rest - rank * self.interleave, 0), self.interleave)
+
+    def local_range(self, start: int, stop: int, rank: int) -> Range:
+        """Which of a rank's own tokens lie in [start, stop)."""
+        return Range(self.local_len(start, rank), self.local_len(stop, rank))
+
+    def tokens(self, start: int, stop: int, rank: int) -> tuple[int, ...]:
+        """The tokens in [start, stop) that a rank holds, in order."""
+        first = (start // self.period * self.ranks + rank) * self.interleave
+        runs = range(first, stop, self.period)
+        return tuple(t for run in runs for t in range(max(run, start), min(run + self.interleave, stop)))
+
+
+@dataclass(frozen=True)
 class HeadMap:
     """Which query and KV heads every (tp, sp) rank owns.
 
@@ -496,6 +557,23 @@ class HeadMap:
     def out_widths(self, tp_rank: int) -> tuple[int, ...]:
         """Query heads that each sequence rank returns after attention, the receive sizes for one token."""
         return tuple(heads.size for heads in self._of_tp(self.q_ranges, tp_rank))
+
+    def kv_routes(self, tp_rank: int) -> tuple[tuple[tuple[int, ...], ...], ...]:
+        """The KV heads that each sequence rank sends each for all of them to have the whole shard, every head once.
+
+        Entry `[source][target]`. Of a replicated head a rank takes its own copy, else one of the holders' in turn.
+        """
+        first, shard, ranks = tp_rank * self.sp, self.kv_shard(tp_rank), range(self.sp)
+        holders = {h: [r - first for r in self.kv_owners[h] if r - first in ranks] for h in range(*shard)}
+
+        def source_of(head: int, target: int) -> int:
+            ours = holders[head]
+            return target if target in ours else ours[target % len(ours)]
+
+        return tuple(
+            tuple(tuple(head for head in holders if source_of(head, target) == source) for target in ranks)
+            for source in ranks
+        )
 
     def views(self, tp_rank: int, layout: Layout, layout_tp_rank: int) -> tuple[Range, ...]:
         """Row blocks of `storage(tp_rank)` that are the fused QKV weights of `layout_tp_rank` under `layout`.

@@ -73,6 +73,10 @@ class Ledger:
                         return request, promised, lengths.get(request, 0)
         return None
 
+    def appended(self, request: Hashable) -> int:
+        """How many tokens of a request are there, of all heads."""
+        return min(lengths.get(request, 0) for _, lengths in self._runs)
+
     def truncate(self, request: Hashable, length: int) -> None:
         """Count no more than `length` tokens of a request."""
         for _, lengths in self._runs:

@@ -68,7 +68,7 @@ class PagedKV:
                 f"{num_layers=}, {num_pages=}, {page_size=}, {num_kv_heads=}, {head_dim=}"
             )
         self.num_pages, self.page_size, self.pages_per_request = num_pages, page_size, pages_per_request
-        shape = (num_pages, page_size, num_kv_heads, head_dim)
+        shape = (num_pages, self._stored(page_size), num_kv_heads, head_dim)
         with torch.inference_mode(False):  # made in it, they could only ever be written in it
             self._k = [torch.empty(shape, dtype=dtype, device=device) for _ in range(num_layers)]
             self._v = [torch.empty(shape, dtype=dtype, device=device) for _ in range(num_layers)]
@@ -113,12 +113,13 @@ class PagedKV:
     @property
     def nbytes(self) -> int:
         """Bytes allocated."""
-        return self.num_layers * self.num_pages * self.page_size * self.token_bytes
+        return self.num_layers * self.num_pages * self._stored(self.page_size) * self.token_bytes
 
     @property
     def used_bytes(self) -> int:
         """Bytes of the tokens held."""
-        return self.num_layers * sum(request.length for request in self._requests.values()) * self.token_bytes
+        tokens = sum(self._stored(request.length) for request in self._requests.values())
+        return self.num_layers * tokens * self.token_bytes
 
     @property
     def token_bytes(self) -> int:
@@ -265,7 +266,7 @@ class PagedKV:
             )
         for store in (self._k, self._v):
             for layer, old in enumerate(store):
-                store[layer] = new = old.new_empty(num_pages, page_size, *old.shape[2:])
+                store[layer] = new = old.new_empty(num_pages, self._stored(page_size), *old.shape[2:])
                 for page, used in self._used_pages():
                     new[page, :used] = old[page, :used]
         for page in range(self.num_pages, num_pages):
@@ -326,9 +327,46 @@ class PagedKV:
             ValueError: shape, dtype or page size differ from the cache's, the heads are none of its own, or the batch
                 is older than the last free, truncate or select; then nothing was written.
         """
+        self._check_append(k, v, batch, heads, batch.num_tokens)
+        for store, new in ((self._k, k), (self._v, v)):
+            flat, new = store[layer].flatten(0, 1), new.detach()
+            if heads is not None:
+                flat = flat[:, heads.start : heads.stop]
+            if flat.is_cpu and len(batch.slot_runs) == 1:
+                flat.narrow(0, batch.slot_runs[0][1], len(new)).copy_(new)
+            else:
+                flat.index_copy_(0, batch.slots, new)
+        self._ledgers[layer].add(batch, heads)
+
+    def gather(
+        self, layer: int, requests: Sequence[Hashable]
+    ) -> tuple[Float[Tensor, "keys g d"], Float[Tensor, "keys g d"]]:
+        """Copies of the keys and values that are stored here of some requests, one after another, tokens in order.
+
+        Raises:
+            ValueError: a request is not held, or some of its tokens are not there yet.
+        """
+        self.check_appended(layer, requests)
+        rows = self._stored(self.page_size)
+        slots = [slice(p * rows, p * rows + used) for r in requests for p, used in self._pages_of(self._get(r))]
+        k, v = (store[layer].flatten(0, 1) for store in (self._k, self._v))
+        return torch.cat([k[:0], *(k[s] for s in slots)]), torch.cat([v[:0], *(v[s] for s in slots)])
+
+    def check_appended(self, layer: int, requests: Sequence[Hashable]) -> None:
+        """Raise ValueError unless the requests are held and all their tokens are there."""
+        for request in requests:
+            appended = self._ledgers[layer].appended(request)
+            if appended < self.length(request):
+                raise ValueError(
+                    f"`requests` must be read after their keys are appended (layer {layer}, request {request!r}: "
+                    f"{self.length(request)} tokens promised), got {appended} appended"
+                )
+
+    def _check_append(self, k: Tensor, v: Tensor, batch: RaggedBatch, heads: Range | None, tokens: int) -> None:
+        """Refuse what is not this step's keys and values of that many tokens."""
         if heads is not None and not 0 <= heads.start <= heads.stop <= self.num_kv_heads:
             raise ValueError(f"`heads` must lie within the {self.num_kv_heads} heads held, got {heads}")
-        shape = (batch.num_tokens, self.num_kv_heads if heads is None else heads.size, self.head_dim)
+        shape = (tokens, self.num_kv_heads if heads is None else heads.size, self.head_dim)
         if k.shape != shape or v.shape != shape or k.dtype != self.dtype or v.dtype != self.dtype:
             raise ValueError(
                 f"`k` and `v` must be {list(shape)} in {self.dtype}, got {list(k.shape)} in {k.dtype} "
@@ -341,28 +379,27 @@ class PagedKV:
                 f"`batch` must be made after the last free, truncate or select (version {self.version}), "
                 f"got {batch.version}; ask for a new `batch`"
             )
-        for store, new in ((self._k, k), (self._v, v)):
-            flat, new = store[layer].flatten(0, 1), new.detach()
-            if heads is not None:
-                flat = flat[:, heads.start : heads.stop]
-            if flat.is_cpu and len(batch.slot_runs) == 1:
-                flat.narrow(0, batch.slot_runs[0][1], len(new)).copy_(new)
-            else:
-                flat.index_copy_(0, batch.slots, new)
-        self._ledgers[layer].add(batch, heads)
 
     def _copy_pages(self, sources: Sequence[int], targets: Sequence[int], length: int) -> None:
         """Copy the first `length` tokens from pages to pages, in every layer."""
         for tensor in (*self._k, *self._v):
             for i, (source, target) in enumerate(zip(sources, targets, strict=False)):
-                used = min(length - i * self.page_size, self.page_size)
+                used = self._stored(min(length - i * self.page_size, self.page_size))
                 tensor[target, :used] = tensor[source, :used]
 
+    def _stored(self, tokens: int) -> int:
+        """How many of the first tokens of a page, or of a request, are stored here: all of them."""
+        return tokens
+
     def _used_pages(self) -> Iterator[tuple[int, int]]:
-        """Every page that holds tokens, with their number."""
+        """Every page that holds tokens, with the number of those stored here."""
         for held in self._requests.values():
-            for i, page in enumerate(held.pages[: self._pages_for(held.length)]):
-                yield page, min(held.length - i * self.page_size, self.page_size)
+            yield from self._pages_of(held)
+
+    def _pages_of(self, held: _Request) -> Iterator[tuple[int, int]]:
+        """The pages of a request that hold tokens, with the number of those stored here."""
+        for i, page in enumerate(held.pages[: self._pages_for(held.length)]):
+            yield page, self._stored(min(held.length - i * self.page_size, self.page_size))
 
     def _get(self, request: Hashable) -> _Request:
         if request not in self._requests:

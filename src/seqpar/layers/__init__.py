@@ -26,6 +26,8 @@ from seqpar.layers.mlp import ParallelMLP
 from seqpar.layers.moe import ExpertPlacement, ParallelMoE
 from seqpar.layers.norm import RMSNorm
 from seqpar.layers.overlap import OverlappedAttention, OverlappedMLP
+from seqpar.layers.qship import QShipDecodeAttention
+from seqpar.layers.striped import heads_to_stripes, heads_to_stripes_steps, stripes_to_heads, stripes_to_heads_steps
 from seqpar.layers.threephase import PipelinedUlysses
 from seqpar.layers.ulysses import UlyssesAttention
 
@@ -43,6 +45,7 @@ __all__ = [
     "ParallelMoE",
     "PipelinedUlysses",
     "QKVParallelLinear",
+    "QShipDecodeAttention",
     "RMSNorm",
     "RowParallelLinear",
     "Shard",
@@ -53,7 +56,11 @@ __all__ = [
     "gather_rows",
     "gather_rows_steps",
     "gather_state_dict",
+    "heads_to_stripes",
+    "heads_to_stripes_steps",
     "iter_sources",
     "name_modules",
+    "stripes_to_heads",
+    "stripes_to_heads_steps",
     "sync_gradients",
 ]

@@ -26,7 +26,7 @@ from seqpar import comm
 from seqpar.comm import Mark, ProcessGroup, Steps
 from seqpar.kernels import attention, rotary
 from seqpar.kernels.quantize import Wire, check_wire
-from seqpar.kv import PagedKV
+from seqpar.kv import PagedKV, StripedKV
 from seqpar.layers.base import drop_child_names, find_layout
 from seqpar.layers.heads import HeadParameter
 from seqpar.partition import HeadMap, Layout, Range, even_ranges, even_split
@@ -245,6 +245,9 @@ class UlyssesAttention(nn.Module):
                 f"`cos` and `sin` must have shape {list(table)} (all tokens of the batch), "
                 f"got {list(cos.shape)} and {list(sin.shape)}"
             )
+        self._check_cache(qkv, batch, kv)
+
+    def _check_cache(self, qkv: Tensor, batch: RaggedBatch, kv: PagedKV | None) -> None:
         prefixed = batch.kv_lens != batch.q_lens
         if kv is None:
             if prefixed:
@@ -252,6 +255,11 @@ class UlyssesAttention(nn.Module):
             return
         if prefixed and torch.is_grad_enabled() and qkv.requires_grad:
             raise ValueError("`kv` must be empty where gradients are wanted, got cached tokens; use torch.no_grad()")
+        if isinstance(kv, StripedKV):
+            raise ValueError(
+                "`kv` must hold whole sequences of this rank's heads (`PagedKV`), got striped tokens (`StripedKV`); "
+                "use `QShipDecodeAttention`, or move them by `stripes_to_heads`"
+            )
         pages, _ = kv.layer(self.layer_index)
         wanted, got = (self.num_kv_heads, self.head_dim, qkv.dtype), (*pages.shape[2:], pages.dtype)
         if wanted != got:

@@ -1,0 +1,450 @@
+"""Decode that ships queries: the tokens of a cache stay where they are, and every rank answers for those it holds.
+
+A striped cache (`StripedKV`) spreads each request over the sequence ranks. One all-gather brings the step's queries,
+keys and values to all of them; each appends what it owns, attends with all queries to its share of the context, and one
+all-to-all returns (out, lse) to where the tokens came from, to be merged. What travels depends on the step's tokens
+alone, and every rank reads 1/N of the context.
+
+Context and current tokens are apart. All context tokens come before all of the step's, so the attention of a share has
+no causal mask, whatever the striping, also with several tokens of a request (speculation, prompt chunks). Among the
+step's own tokens every rank attends for itself, causally, while the partials travel. A sink joins the partial of the
+rank that stores it, once for each head, so that none is gathered.
+
+Tokens and heads are placed as the layout of the step says, before and after. Under the stored layout the tokens are
+sharded: it is where Ulysses stands, so nothing around it changes, and no rank computes a projection twice. Under pure
+tensor parallelism every rank has all tokens and its own heads, which small steps want, and the gather is that of
+vLLM's decode context parallelism. With `whole=True` the projection of all tokens and all heads of the shard was
+computed on every rank, and nothing is gathered (Helix). They are one code path over "which tokens, which heads".
+
+The way back is one all-to-all with the float32 LSE in the columns beside `out`, bit for bit. All-gathering the LSE and
+reduce-scattering rescaled outputs is a collective more, and rounds sums in the wire's dtype. K and V of the step travel
+with Q in one collective, though only their owner needs them: they are small beside Q for GQA, a message of its own
+would cost more, and every rank then has the current keys that its own tokens see.
+
+Source: CSPS, arXiv:2409.15104v1 (queries travel); the split and the layout as in vLLM; Helix, arXiv:2507.07120.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from seqpar import comm
+from seqpar.comm import Mark, ProcessGroup, Steps
+from seqpar.kernels import add_sinks, attention, merge
+from seqpar.kv import PagedKV, StripedKV
+from seqpar.layers.base import find_layout
+from seqpar.layers.heads import HeadParameter
+from seqpar.layers.ulysses import UlyssesAttention
+from seqpar.partition import HeadMap, Layout, Range, even_ranges
+from seqpar.ragged import RaggedBatch, Tail
+
+__all__ = ["QShipDecodeAttention"]
+
+Partial = tuple[Tensor, Tensor]
+
+
+class _Block(NamedTuple):
+    """What a rank of the group holds of a step: one of so many slices of the tokens, and some heads of the shard."""
+
+    slice: int
+    slices: int
+    q: Range
+    kv: Range
+
+    def rows(self, total: int) -> Range:
+        return even_ranges(total, self.slices)[self.slice]
+
+
+class _Share(NamedTuple):
+    """Queries that see the same number of tokens a request, and the context tokens of this rank that they see."""
+
+    rows: Tensor
+    """Of the step's queries."""
+    slots: Tensor | None
+    """Of the cache, of all keys; None where they are read in place, by pages."""
+    batch: RaggedBatch
+    """Every request is a single query, or a few of one request, whose heads are one after another."""
+    queries: int
+
+
+class _Plan(NamedTuple):
+    """One step on one rank, worked out once for all layers."""
+
+    tokens: tuple[Range, ...]
+    """New tokens that each rank of the group holds."""
+    queries: tuple[Range, ...]
+    """Queries that each rank holds, out of those of the step; all its tokens unless there is a tail."""
+    context: tuple[_Share, ...]
+    current: RaggedBatch
+    """This rank's queries over the step's own keys, of which it sees those in `keys`."""
+    keys: slice
+
+
+class QShipDecodeAttention(UlyssesAttention):
+    """Causal attention over a batch whose context is striped over `group`; it stands where `UlyssesAttention` does.
+
+    It is for inference: there is no gradient. Steps of many new tokens are right but not what it is for, since all
+    their queries, keys and values are gathered.
+
+    Args:
+        heads: who owns which heads; its sp must be the size of `group`.
+        head_dim: D.
+        group: the sequence ranks, which hold the context between them under every layout.
+        tp_rank, q_norm, k_norm, sinks, window, softmax_scale, layer_index: as `UlyssesAttention` takes them.
+
+    Raises:
+        ValueError: what `UlyssesAttention` refuses.
+    """
+
+    def __init__(
+        self,
+        heads: HeadMap,
+        head_dim: int,
+        *,
+        group: ProcessGroup,
+        tp_rank: int = 0,
+        q_norm: nn.Module | None = None,
+        k_norm: nn.Module | None = None,
+        sinks: HeadParameter | None = None,
+        window: int | None = None,
+        softmax_scale: float | None = None,
+        layer_index: int = 0,
+    ) -> None:
+        super().__init__(
+            heads,
+            head_dim,
+            group=group,
+            tp_rank=tp_rank,
+            q_norm=q_norm,
+            k_norm=k_norm,
+            sinks=sinks,
+            window=window,
+            softmax_scale=softmax_scale,
+            layer_index=layer_index,
+        )
+        self.group = group
+        self.q_shard, self.kv_shard = heads.q_shard(tp_rank), heads.kv_shard(tp_rank)
+        self.blocks: dict[Layout | None, tuple[_Block, ...]] = {}
+        self.blocks[None] = self.blocks[heads.layout] = self._blocks(heads.layout)
+
+    def add_layout(self, layout: Layout, *, group: ProcessGroup) -> None:
+        """See `UlyssesAttention.add_layout`; the context stays with the ranks that hold it.
+
+        Raises:
+            ValueError: as there, or a layout that the stored one does not reach.
+        """
+        super().add_layout(layout, group=group)
+        if not self.heads.layout.reaches(layout):
+            del self.exchanges[layout]
+            reachable = ", ".join(str(tuple(other)) for other in self.heads.layout.reachable)
+            raise ValueError(
+                f"`layout` must keep the tokens of a step within the group that holds its context, got {layout}; "
+                f"layouts that do are {reachable}"
+            )
+        self.blocks[layout] = self._blocks(layout)
+
+    def steps(
+        self,
+        qkv: Float[Tensor, "t_local c"],
+        batch: RaggedBatch,
+        cos: Float[Tensor, "t d"] | None = None,
+        sin: Float[Tensor, "t d"] | None = None,
+        kv: PagedKV | None = None,
+        *,
+        layout: Layout | None = None,
+        tail: Tail | None = None,
+        whole: bool = False,
+    ) -> Steps[Float[Tensor, "t_out o"]]:
+        """See `forward`; yields at the all-gather and the all-to-all, with a `Mark` where the KV is appended."""
+        exchange, blocks = find_layout(self.exchanges, layout), find_layout(self.blocks, layout)
+        me = blocks[self.group.rank()]
+        held = self._shard_block if whole else me
+        rows = held.rows(batch.num_tokens)
+        self._check(qkv, rows.size, self.exchanges[None] if whole else exchange)
+        self._check_step(qkv, batch, cos, sin, kv, tail)
+        assert isinstance(kv, StripedKV), "`_check_cache` refuses others"
+        plan = self._plan(batch, tail, kv, blocks)
+        q, k, v = self._unpack(qkv, self.heads if whole or layout is None else self.heads.on(layout))
+        if tail is not None:
+            q = tail.take(q, rows.start)
+        q, k = (x.detach() for x in self._turn(q, k, rows, cos, sin, tail))
+        if whole:
+            own_rows = plan.queries[self.group.rank()]
+            own = q[own_rows.start : own_rows.stop, me.q.start : me.q.stop]
+        else:
+            own = q
+            flat = yield comm.all_gather_async(
+                torch.cat([q.flatten(), k.flatten(), v.flatten()]),
+                group=self.group,
+                sizes=[sum(map(torch.Size.numel, self._shapes(plan, blocks, rank))) for rank in range(len(blocks))],
+                label=self.label,
+            )
+            q, k, v = self._assemble(flat, plan, blocks)
+        yield Mark(self.layer_index)
+        kv.append(self.layer_index, k, v, batch)
+        if not len(q):
+            return q.new_empty(0, me.q.size * self.head_dim)
+        back = self._ship(self._attend_context(q, batch, kv, plan), plan, blocks)
+        current = self._attend_current(own, k, v, plan, me)
+        received = yield back
+        return self._merge(current, received).flatten(1)
+
+    def forward(
+        self,
+        qkv: Float[Tensor, "t_local c"],
+        batch: RaggedBatch,
+        cos: Float[Tensor, "t d"] | None = None,
+        sin: Float[Tensor, "t d"] | None = None,
+        kv: PagedKV | None = None,
+        *,
+        layout: Layout | None = None,
+        tail: Tail | None = None,
+        whole: bool = False,
+    ) -> Float[Tensor, "t_out o"]:
+        """Attend.
+
+        In:    qkv[T/sp, C]: `even_split` of the batch's tokens; this tp shard's columns in `HeadMap.storage` order,
+            tokens and shard those of `layout`. With `whole`, all tokens and the stored layout's columns.
+        Out:   [T/sp, H/tp * D] of `layout`: the same tokens (with `tail`, those of them that are in it), query heads in
+            order.
+        Grad:  none.
+        Comm:  over `group` of N ranks, each sends its q, k and v to the others (nothing with `whole`), then of the
+            heads and tokens of every other rank out and LSE: D elements and 4 bytes (8 in float64) for each head of
+            a token. For the stored layout (N-1) * T_local * (H + 2 G) * D elements and (T - T_local) * H * (D + lse).
+
+        Args:
+            qkv: the fused projection.
+            batch: the step's tokens, made by `kv`, the same on every rank.
+            cos: rotary table of all T tokens; None leaves q and k as they are.
+            sin: the same, sine.
+            kv: the `StripedKV` of this rank. It writes those of the new tokens that are its own.
+            layout: one that `add_layout` recorded; the stored one by default.
+            tail: attend with these queries only; all keys and values are appended. Without rows it ends there.
+            whole: `qkv` is everything, computed by every rank of the group, and nothing is gathered (Helix).
+
+        Raises:
+            ValueError: tokens or columns that are not the batch's or the head map's; a cache of another placement, or
+                of other ranks; another batch's tail; a gradient wanted.
+        """
+        return comm.run(self.steps(qkv, batch, cos, sin, kv, layout=layout, tail=tail, whole=whole))
+
+    @property
+    def _shard_block(self) -> _Block:
+        """All tokens of all heads."""
+        return _Block(0, 1, Range(0, self.q_shard.size), Range(0, self.kv_shard.size))
+
+    def _blocks(self, layout: Layout) -> tuple[_Block, ...]:
+        """What each rank of the group holds under a layout, heads counted from the shard's first."""
+        heads, first = self.heads.on(layout), self.rank // self.heads.sp * self.heads.sp
+        return tuple(
+            _Block(
+                flat % layout.sp,
+                layout.sp,
+                heads.q_shard(flat // layout.sp).shift(-self.q_shard.start),
+                heads.kv_shard(flat // layout.sp).shift(-self.kv_shard.start),
+            )
+            for flat in range(first, first + self.heads.sp)
+        )
+
+    def _check_cache(self, qkv: Tensor, batch: RaggedBatch, kv: PagedKV | None) -> None:
+        if torch.is_grad_enabled() and qkv.requires_grad:
+            raise ValueError("`qkv` must need no gradient, got one that does; use torch.no_grad(), or Ulysses to train")
+        size, rank = self.group.size(), self.group.rank()
+        if not isinstance(kv, StripedKV) or (kv.striping.ranks, kv.rank) != (size, rank):
+            got = f"rank {kv.rank} of {kv.striping.ranks}" if isinstance(kv, StripedKV) else type(kv).__name__
+            raise ValueError(
+                f"`kv` must be the `StripedKV` of rank {rank} of the group's {size}, got {got}; "
+                "`heads_to_stripes` fills one from a `PagedKV`"
+            )
+        wanted, found = (self.kv_shard.size, self.head_dim, qkv.dtype), (kv.num_kv_heads, kv.head_dim, kv.dtype)
+        if wanted != found:
+            raise ValueError(
+                f"`kv` must hold the KV heads of this tp shard {wanted} (heads, head_dim, dtype; `heads.kv_shard`), "
+                f"got {found}"
+            )
+        if batch.page_size != kv.page_size:
+            raise ValueError(f"`batch` must have the cache's page size ({kv.page_size}), got {batch.page_size}")
+
+    def _unpack(self, qkv: Tensor, heads: HeadMap) -> tuple[Tensor, Tensor, Tensor]:
+        """[T, C] in storage order to q[T, H, D], k[T, G, D], v[T, G, D] of a shard, heads in order."""
+        columns = qkv.unflatten(1, (-1, self.head_dim))
+        parts: dict[str, list[Tensor]] = {"q": [], "kv": []}
+        for segment, at in heads.offsets(self.rank // heads.sp):
+            width = segment.heads.size * (1 if segment.kind == "q" else 2)
+            parts[segment.kind].append(columns[:, at : at + width])
+        q, pairs = (torch.cat(found, 1) for found in parts.values())
+        k, v = rearrange(pairs, "t (g two) d -> two t g d", two=2)
+        return q, k, v
+
+    def _turn(
+        self,
+        q: Tensor,
+        k: Tensor,
+        rows: Range,
+        cos: Tensor | None,
+        sin: Tensor | None,
+        tail: Tail | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Norms and rotary embedding of the tokens `rows`, before they travel, so that no rank repeats another's."""
+        if cos is None or sin is None:
+            return self._prepare(self.q_norm, q, None, None), self._prepare(self.k_norm, k, None, None)
+        cos, sin = cos[rows.start : rows.stop], sin[rows.start : rows.stop]
+        k = self._prepare(self.k_norm, k, cos, sin)
+        if tail is not None:
+            cos, sin = tail.take(cos, rows.start), tail.take(sin, rows.start)
+        return self._prepare(self.q_norm, q, cos, sin), k
+
+    def _shapes(self, plan: _Plan, blocks: Sequence[_Block], rank: int) -> tuple[torch.Size, torch.Size, torch.Size]:
+        """Of the q, k and v that a rank sends."""
+        kv = torch.Size((plan.tokens[rank].size, blocks[rank].kv.size, self.head_dim))
+        return torch.Size((plan.queries[rank].size, blocks[rank].q.size, self.head_dim)), kv, kv
+
+    def _assemble(self, flat: Tensor, plan: _Plan, blocks: Sequence[_Block]) -> tuple[Tensor, Tensor, Tensor]:
+        """What all ranks sent, put together: all queries, keys and values of the shard."""
+        tokens, queries = max(r.stop for r in plan.tokens), max(r.stop for r in plan.queries)
+        q = flat.new_empty(queries, self.q_shard.size, self.head_dim)
+        k, v = (flat.new_empty(tokens, self.kv_shard.size, self.head_dim) for _ in range(2))
+        shapes = [shape for rank in range(len(blocks)) for shape in self._shapes(plan, blocks, rank)]
+        parts = iter(flat.split([shape.numel() for shape in shapes]))
+        sized = iter(shapes)
+        for rank, block in enumerate(blocks):
+            for whole, rows, heads in (
+                (q, plan.queries[rank], block.q),
+                (k, plan.tokens[rank], block.kv),
+                (v, plan.tokens[rank], block.kv),
+            ):
+                whole[rows.start : rows.stop, heads.start : heads.stop] = next(parts).view(next(sized))
+        return q, k, v
+
+    def _attend_context(self, q: Tensor, batch: RaggedBatch, kv: StripedKV, plan: _Plan) -> Partial:
+        """All queries over this rank's tokens from before the step; (0, -inf) for those that see none."""
+        k, v = kv.read(self.layer_index, batch)
+        out, lse = torch.zeros_like(q), q.new_full(q.shape[:2], -torch.inf, dtype=_lse_dtype(q))
+        kv_head_of = tuple(head // self.heads.group_size - self.kv_shard.start for head in range(*self.q_shard))
+        for share in plan.context:
+            keys, values = (k, v) if share.slots is None else (x.flatten(0, 1)[share.slots] for x in (k, v))
+            order, read = _folded(kv_head_of, share.queries)
+            folded = q[share.rows].unflatten(0, (-1, share.queries)).flatten(1, 2)[:, order]
+            found, mass = attention(
+                folded, keys, values, share.batch, softmax_scale=self.softmax_scale, kv_head_of=read
+            )
+            unfold = (len(share.rows), len(kv_head_of))
+            back = sorted(range(len(order)), key=order.__getitem__)
+            out[share.rows] = found[:, back].reshape(*unfold, -1)
+            lse[share.rows] = mass[:, back].reshape(unfold)
+        if self.sinks is not None:
+            own = slice(*self.heads.q_ranges[self.rank].shift(-self.q_shard.start))
+            out[:, own], lse[:, own] = add_sinks(out[:, own], lse[:, own], self.sinks().detach())
+        return out, lse
+
+    def _attend_current(self, q: Tensor, k: Tensor, v: Tensor, plan: _Plan, me: _Block) -> Partial:
+        """This rank's queries over the step's own tokens."""
+        heads = range(*me.q.shift(self.q_shard.start))
+        first = me.kv.start + self.kv_shard.start
+        own = (plan.keys, slice(*me.kv))
+        return attention(
+            q,
+            k[own],
+            v[own],
+            plan.current,
+            softmax_scale=self.softmax_scale,
+            window=self.window,
+            kv_head_of=tuple(head // self.heads.group_size - first for head in heads),
+            deterministic=comm.is_deterministic(self.group),
+        )
+
+    def _ship(self, partial: Partial, plan: _Plan, blocks: Sequence[_Block]) -> comm.Handle:
+        """Launch the return of every rank's tokens and heads to it, a row of `out` and LSE for each head of a token."""
+        rows = torch.cat([partial[0], partial[1][..., None].view(partial[0].dtype)], -1)
+        parts = [
+            rows[tokens.start : tokens.stop, block.q.start : block.q.stop].flatten(0, 1)
+            for tokens, block in zip(plan.queries, blocks, strict=True)
+        ]
+        mine = len(parts[self.group.rank()])
+        return comm.all_to_all_async(
+            torch.cat(parts),
+            group=self.group,
+            send_sizes=[len(part) for part in parts],
+            recv_sizes=[mine] * len(parts),
+            label=self.label,
+        )
+
+    def _merge(self, current: Partial, received: Tensor) -> Tensor:
+        """The partials of all shares and that of the current tokens."""
+        out, lse = current
+        partials = received.unflatten(0, (self.group.size(), *out.shape[:2]))
+        outs, masses = partials[..., : self.head_dim], partials[..., self.head_dim :]
+        masses = masses.clone(memory_format=torch.contiguous_format).view(lse.dtype).squeeze(-1)
+        return merge([out, *outs], [lse, *masses])[0]
+
+    def _plan(self, batch: RaggedBatch, tail: Tail | None, kv: StripedKV, blocks: tuple[_Block, ...]) -> _Plan:
+        queries = batch if tail is None else tail.batch
+        key = ("qship", kv.striping, kv.rank, blocks, self.window)
+        plan: _Plan | None = queries.plans.get(key)
+        if plan is None:
+            tokens = tuple(block.rows(batch.num_tokens) for block in blocks)
+            rows = tokens if tail is None else tuple(_rows_of(tail, held) for held in tokens)
+            mine = rows[self.group.rank()]
+            steps = RaggedBatch.build(queries.q_lens, batch.q_lens, device=batch.device)
+            _, (current, keys), _ = steps.split_keys([mine.start, mine.stop])
+            context = tuple(_shares(batch, queries, kv, self.window))
+            plan = queries.plans[key] = _Plan(tokens, rows, context, current, keys)
+        return plan
+
+
+def _rows_of(tail: Tail, tokens: Range) -> Range:
+    """Which rows of a tail lie among these tokens."""
+    start = len(tail.within(0, tokens.start))
+    return Range(start, start + len(tail.within(*tokens)))
+
+
+def _shares(batch: RaggedBatch, queries: RaggedBatch, kv: StripedKV, window: int | None) -> Iterator[_Share]:
+    """What the queries of a step see of this rank's context: in place, or gathered where a window ends inside it."""
+    alike: dict[int, list[int]] = {}
+    near: list[tuple[int, int, Range]] = []
+    held = kv.context(batch)
+    for request, (asked, new, keys) in enumerate(zip(queries.q_lens, batch.q_lens, batch.kv_lens, strict=True)):
+        if window is None or keys <= window:
+            if asked and held[request]:
+                alike.setdefault(asked, []).append(request)
+            continue
+        for i in range(asked):
+            first = min(keys - asked + i + 1 - window, keys - new)
+            seen = kv.striping.local_range(max(first, 0), keys - new, kv.rank)
+            if seen.size:
+                near.append((queries.q_starts[request] + i, request, seen))
+    size, device = kv.local_page_size, batch.device
+    for asked, requests in alike.items():
+        rows = [row for r in requests for row in range(queries.q_starts[r], queries.q_starts[r] + asked)]
+        lengths, pages = [held[r] for r in requests], [batch.pages[r] for r in requests]
+        paged = RaggedBatch.build([1] * len(requests), lengths, pages, size, device=device)
+        yield _Share(torch.tensor(rows, device=device), None, paged, asked)
+    if near:
+        slots = torch.cat([_slots(batch.pages[request], size, seen) for _, request, seen in near])
+        flat = RaggedBatch.build([1] * len(near), [seen.size for *_, seen in near], device=device)
+        yield _Share(torch.tensor([row for row, *_ in near], device=device), slots.to(device), flat, 1)
+
+
+def _slots(pages: tuple[int, ...], size: int, tokens: Range) -> Tensor:
+    """Where the own tokens of a request lie that has these pages."""
+    index = torch.arange(*tokens)
+    return torch.tensor(pages)[index // size] * size + index % size
+
+
+@lru_cache(maxsize=256)
+def _folded(kv_head_of: tuple[int, ...], queries: int) -> tuple[list[int], tuple[int, ...]]:
+    """The heads of several queries as those of one, so that a KV head is read once: their order, and what they read."""
+    heads = len(kv_head_of)
+    order = sorted(range(queries * heads), key=lambda place: kv_head_of[place % heads])
+    return order, tuple(kv_head_of[place % heads] for place in order)
+
+
+def _lse_dtype(q: Tensor) -> torch.dtype:
+    return torch.promote_types(q.dtype, torch.float32)
