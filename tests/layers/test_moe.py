@@ -355,6 +355,10 @@ def refusals(mesh: comm.DeviceMesh) -> None:
             layers[0].add_layout(Layout(1, 2), groups=groups)
         with pytest.raises(ValueError, match=r"`layout` must be that of `groups`, over the 2 ranks that own the exper"):
             layers[1].add_layout(Layout(1, 2), groups=groups)
+        wrapped = parallel(case, groups, reference(case))
+        wrapped.experts = nn.Sequential(wrapped.experts)
+        with pytest.raises(TypeError, match="`experts` must be a _Experts to run in other layouts, got Sequential"):
+            wrapped.add_layout(Layout(2, 1), groups=groups)
         with pytest.raises(ValueError, match='`experts` must be "tp" or "ep", got \'all\''):
             ParallelMoE(SIZE, 4, 3, 2, groups=groups, experts="all")
         with pytest.raises(ValueError, match=r"`top_k` must lie in \[1, 3\] \(the experts\), got 4"):

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from seqpar import comm, kernels
 from seqpar.comm import Groups, ProcessGroup, Steps, Wire
 from seqpar.kernels.quantize import check_wire
-from seqpar.layers.base import ShardedModule, Source, check_covered, check_gradients, check_view, find_layout
+from seqpar.layers.base import ShardedModule, Source, check_covered, check_gradients, check_view, find_layout, part_of
 from seqpar.layers.linear import Tokens, enter_steps
 from seqpar.layers.mlp import check_activation, given
 from seqpar.partition import Layout, Piece, Range, block_ranges, even_ranges, even_split, shard_range
@@ -168,9 +168,9 @@ class ParallelMoE(nn.Module):
 
         Raises:
             ValueError: the stored slices do not contain that layout's ("tp"), or it has other ranks.
+            TypeError: the experts are wrapped.
         """
-        assert isinstance(self.experts, _SlicedExperts | _OwnedExperts)
-        self.experts.add_layout(layout, groups=groups)
+        part_of(self, "experts", _Experts).add_layout(layout, groups=groups)
         self.tp_groups[layout] = groups.tp
 
     def steps(
@@ -339,6 +339,10 @@ class _Experts(ShardedModule):
         size = shape.hidden_size
         self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * width, size, device=device, dtype=dtype))
         self.down_proj = nn.Parameter(torch.empty(num_experts, size, width, device=device, dtype=dtype))
+
+    def add_layout(self, layout: Layout, *, groups: Groups) -> None:
+        """See `ParallelMoE.add_layout`."""
+        raise NotImplementedError
 
     def _sources(self, gate_up: tuple[Piece, ...], down: tuple[Piece, ...]) -> dict[str, Source]:
         count, size, width = self.shape
