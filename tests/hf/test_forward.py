@@ -11,6 +11,7 @@ from transformers import DynamicCache, StaticCache
 
 from seqpar import comm, hf, layers
 from seqpar.hf.cache import store_of
+from tests.hf import versions
 from tests.hf.tiny import ARCHITECTURES, exact_norms, left_padded, prompts, tiny_model
 from tests.ranks import LAYOUTS, run_mesh
 
@@ -93,8 +94,16 @@ def rows_asked_for(mesh: comm.DeviceMesh) -> None:
     ids, mask = left_padded(prompts(3, 6), (0, 2, 4))
     chosen = torch.zeros(3, 6, dtype=torch.bool)
     chosen[0, 2] = chosen[1, 5] = chosen[2, 4] = chosen[2, 5] = True
-    forms = [0, 1, 2, 6, 9, torch.tensor([5, 4]), torch.tensor([-1]), torch.tensor([[5], [4], [5]]), chosen]
+    forms = [0, 1, 2, 6, 9, torch.tensor([5, 4]), torch.tensor([-1])]
+    by_row = [torch.tensor([[5], [4], [5]]), chosen]
     with torch.no_grad():
+        if versions.TAKES_ROWS:
+            forms += by_row
+        else:
+            for keep in by_row:
+                with comm.record() as counts, pytest.raises(ValueError, match="`logits_to_keep` must have one dim in"):
+                    model(ids, attention_mask=mask, logits_to_keep=keep)
+                assert not counts.counts
         for keep in forms:
             expected = reference(ids, attention_mask=mask, logits_to_keep=keep).logits
             with comm.record() as counts:
@@ -140,7 +149,7 @@ def other_forms(mesh: comm.DeviceMesh) -> None:
         assert model(ids, output_hidden_states=0).hidden_states is None
         for which in (True, 1, -1, [0, -2], [7]):
             found = model(ids, output_hidden_states=which).hidden_states
-            expected = reference(ids, output_hidden_states=which).hidden_states
+            expected = versions.hidden_states(reference, ids, which)
             assert [state is None for state in found] == [state is None for state in expected]
             for ours, theirs in zip(found, expected, strict=True):
                 torch.testing.assert_close(ours, theirs, **EXACT)
@@ -311,7 +320,7 @@ def refusals(mesh: comm.DeviceMesh) -> None:
             model(ids, attention_mask=torch.cat([left_padded(ids, (0, 3))[1], mask], 1), past_key_values=padded)
     assert not sent.counts, sent.table()
     with pytest.raises(ValueError, match="not compatible with gradient checkpointing"):
-        model.activation_checkpointing_enable()
+        versions.enable_checkpointing(model)
 
 
 @pytest.mark.parametrize("layout", [(2, 1), (1, 2)], ids=NAME)

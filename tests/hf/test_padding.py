@@ -8,10 +8,10 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from transformers import modeling_utils
 from transformers.masking_utils import find_packed_sequence_indices, sliding_window_causal_mask_function
 
 from seqpar.hf.padding import Padding, check_windows
+from tests.hf import versions
 
 CPU = torch.device("cpu")
 
@@ -63,7 +63,7 @@ def test_rows_are_those_that_transformers_slices(drawn: tuple[torch.Tensor, int]
     selection = padding.select(keep, CPU)
     flat = padding.pack(x)
     found = selection.unpack(flat if selection.rows is None else flat[list(selection.rows)])
-    assert torch.equal(found, modeling_utils.slice_logits_to_keep(x * new[..., None], keep))
+    assert torch.equal(found, versions.kept(x * new[..., None], keep))
 
 
 @settings(deadline=None)

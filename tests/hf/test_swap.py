@@ -16,6 +16,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from seqpar import comm, hf
+from tests.hf import versions
 from tests.hf.test_generate import NAME, generate
 from tests.hf.tiny import prompts, tiny_config, tiny_model
 from tests.ranks import run_mesh
@@ -174,7 +175,7 @@ UNFIT: dict[str, tuple[Callable[[Any], Any], str]] = {
     "a replaced forward": (patch, "`model.layers.1.mlp` must carry no hooks when it is swapped out, got <bound method"),
     "two devices": (spread, "`model` must lie on one device, got {'model': 0, 'lm_head': 1}"),
     "checkpointing": (
-        lambda model: model.activation_checkpointing_enable(),
+        versions.enable_checkpointing,
         "gradient checkpointing must be off, got it on",
     ),
     "an activation": (set_config("hidden_act", "relu"), "`hidden_act` must be silu, got relu"),

@@ -39,8 +39,13 @@ _FOR_THE_LOSS = ("num_items_in_batch", "shift_labels", "ignore_index")  # the ca
 
 @dataclass
 class _Output(BaseModelOutputWithPast):
-    """What the stack returns; the causal LM of a mixture of experts asks for logits that nobody gathered, too."""
+    """What the stack returns; the causal LM of a mixture of experts asks for logits that nobody gathered, too.
 
+    Transformers 5.17 declares tensors of float32 on CPUs where it returns any.
+    """
+
+    last_hidden_state: Tensor | None = None
+    hidden_states: Any = None  # those not asked for are None
     router_logits: None = None
 
 

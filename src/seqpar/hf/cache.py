@@ -207,7 +207,8 @@ class _Layer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         if self.index == 0:
             self.store.select([request for request in range(len(self.store.lengths)) for _ in range(repeats)])
 
-    def crop(self, tokens_to_remove: int) -> None:
+    def crop(self, tokens_to_remove: int | Tensor) -> None:
+        tokens_to_remove = int(tokens_to_remove)  # Transformers 5.17 counts rejected candidates in a tensor
         if tokens_to_remove > 0:
             raise ValueError(f"`tokens_to_remove` must be negative or 0 (how many to remove), got {tokens_to_remove}")
         if self.index == 0:

@@ -126,7 +126,10 @@ def _check_module(path: str, module: nn.Module, home: str) -> None:
     if kind.__module__ != home and not plain:
         raise ValueError(f"`{path}` must be unwrapped before the model is sliced, got {kind.__name__}")
     if getattr(module, "gradient_checkpointing", False):
-        raise ValueError("gradient checkpointing must be off, got it on; call activation_checkpointing_disable()")
+        raise ValueError(
+            "gradient checkpointing must be off, got it on; call activation_checkpointing_disable(), "
+            "or gradient_checkpointing_disable() where Transformers calls it so"
+        )
     hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values(), *module._backward_hooks.values()]
     added = [hook for hook in hooks if getattr(hook, "__module__", "") != "transformers.utils.output_capturing"]
     added += [module.forward] if "forward" in module.__dict__ else []

@@ -14,7 +14,8 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, modeling_utils
+from transformers import __version__ as transformers_version
 
 from seqpar import comm
 from seqpar.comm import DeviceMesh, Groups, Wire
@@ -378,7 +379,13 @@ def _hand_down(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, 
     """Before the causal LM's forward: let the stack return only the rows that the head is asked for."""
     _check_labels(kwargs)
     keep = kwargs.get("logits_to_keep", 0)
-    flattens = isinstance(keep, Tensor) and keep.dim() == 2 and keep.dtype == torch.bool
+    by_row = isinstance(keep, Tensor) and keep.dim() == 2
+    if by_row and not hasattr(modeling_utils, "slice_logits_to_keep"):
+        raise ValueError(
+            f"`logits_to_keep` must have one dim in Transformers {transformers_version}, got shape {list(keep.shape)}; "
+            "newer ones take indices or a mask for each row"
+        )
+    flattens = by_row and keep.dtype == torch.bool
     if flattens or kwargs.get("output_hidden_states", model.config.output_hidden_states):
         return None  # all rows are wanted, or Transformers will drop the batch dim
     return args, {**kwargs, "logits_to_keep": 0, KEEP: keep} if "logits_to_keep" in kwargs else kwargs
