@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -151,6 +152,37 @@ def decodes(mesh: comm.DeviceMesh, case: Case) -> None:
 @pytest.mark.parametrize(("case", "layout"), PAIRS, ids=[f"{case}-{name_of(layout)}" for case, layout in PAIRS])
 def test_decodes_equal_one_process(case: Case, layout: tuple[int, int]) -> None:
     run_mesh(layout, decodes, case)
+
+
+def drafts(mesh: comm.DeviceMesh, case: Case) -> None:
+    """Random steps, of which some tokens are taken back; requests that end, fork and come again."""
+    groups = comm.groups(mesh)
+    core, kv = make(groups, case, pages=60)
+    history, choose = History(case, 3), random.Random(5)
+    for _ in range(12):
+        q_lens = tuple(choose.choice((0, 1, 1, 4)) for _ in range(3))
+        new, expected = history.add(q_lens)
+        batch = kv.batch(range(3), q_lens)
+        tokens = slice(*even_ranges(batch.num_tokens, core.heads.sp)[groups.sp.rank()])
+        out = core(pack(core.heads, groups.tp.rank(), *(x[tokens] for x in new)), batch, kv=kv)
+        torch.testing.assert_close(out, expected[tokens, slice(*core.q_shard)].flatten(1), **EXACT)
+        request, other = choose.sample(range(3), 2)
+        keep = max(0, kv.length(request) - choose.randrange(4))
+        kv.truncate(request, keep)
+        history.tokens[request] = [x[:keep] for x in history.tokens[request]]
+        if choose.random() < 0.3:
+            kv.select({other: request})
+            history.tokens[other] = history.tokens[request]
+        elif choose.random() < 0.2:
+            kv.free(other)
+            history.tokens[other] = [x[:0] for x in history.tokens[other]]
+    kv.integrity()
+
+
+@pytest.mark.parametrize("layout", SOME, ids=name_of)
+@pytest.mark.parametrize("case", [Case(8, 2, interleave=2), Case(6, 3, window=5, sinks=True)], ids=str)
+def test_drafts_are_taken_back(case: Case, layout: tuple[int, int]) -> None:
+    run_mesh(layout, drafts, case)
 
 
 def shipped(mesh: comm.DeviceMesh, case: Case, lengths: tuple[int, ...]) -> tuple[int, int]:

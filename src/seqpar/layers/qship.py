@@ -27,7 +27,6 @@ Source: CSPS, arXiv:2409.15104v1 (queries travel); the split and the layout as i
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -70,8 +69,15 @@ class _Share(NamedTuple):
     slots: Tensor | None
     """Of the cache, of all keys; None where they are read in place, by pages."""
     batch: RaggedBatch
-    """Every request is a single query, or a few of one request, whose heads are one after another."""
+    """A request is a single query, or the queries of one request, whose heads lie one after another."""
     queries: int
+    """That one of its requests has."""
+    order: Tensor
+    """Of the heads of those queries, for each KV head to be read once for all of them."""
+    back: Tensor
+    """The order undone."""
+    kv_head_of: tuple[int, ...]
+    """The KV head that each of them reads, in order."""
 
 
 class _Plan(NamedTuple):
@@ -301,6 +307,10 @@ class QShipDecodeAttention(UlyssesAttention):
             cos, sin = tail.take(cos, rows.start), tail.take(sin, rows.start)
         return self._prepare(self.q_norm, q, cos, sin), k
 
+    def _kv_head_of(self, q: Range, kv: Range) -> tuple[int, ...]:
+        """Which of the KV heads `kv` each of the query heads `q` reads."""
+        return tuple(head // self.heads.group_size - kv.start for head in range(*q))
+
     def _shapes(self, plan: _Plan, blocks: Sequence[_Block], rank: int) -> tuple[torch.Size, torch.Size, torch.Size]:
         """Of the q, k and v that a rank sends."""
         kv = torch.Size((plan.tokens[rank].size, blocks[rank].kv.size, self.head_dim))
@@ -327,18 +337,14 @@ class QShipDecodeAttention(UlyssesAttention):
         """All queries over this rank's tokens from before the step; (0, -inf) for those that see none."""
         k, v = kv.read(self.layer_index, batch)
         out, lse = torch.zeros_like(q), q.new_full(q.shape[:2], -torch.inf, dtype=_lse_dtype(q))
-        kv_head_of = tuple(head // self.heads.group_size - self.kv_shard.start for head in range(*self.q_shard))
         for share in plan.context:
             keys, values = (k, v) if share.slots is None else (x.flatten(0, 1)[share.slots] for x in (k, v))
-            order, read = _folded(kv_head_of, share.queries)
-            folded = q[share.rows].unflatten(0, (-1, share.queries)).flatten(1, 2)[:, order]
+            folded = q[share.rows].unflatten(0, (-1, share.queries)).flatten(1, 2)[:, share.order]
             found, mass = attention(
-                folded, keys, values, share.batch, softmax_scale=self.softmax_scale, kv_head_of=read
+                folded, keys, values, share.batch, softmax_scale=self.softmax_scale, kv_head_of=share.kv_head_of
             )
-            unfold = (len(share.rows), len(kv_head_of))
-            back = sorted(range(len(order)), key=order.__getitem__)
-            out[share.rows] = found[:, back].reshape(*unfold, -1)
-            lse[share.rows] = mass[:, back].reshape(unfold)
+            out[share.rows] = found[:, share.back].reshape(-1, *q.shape[1:])
+            lse[share.rows] = mass[:, share.back].reshape(-1, q.shape[1])
         if self.sinks is not None:
             own = slice(*self.heads.q_ranges[self.rank].shift(-self.q_shard.start))
             out[:, own], lse[:, own] = add_sinks(out[:, own], lse[:, own], self.sinks().detach())
@@ -346,8 +352,6 @@ class QShipDecodeAttention(UlyssesAttention):
 
     def _attend_current(self, q: Tensor, k: Tensor, v: Tensor, plan: _Plan, me: _Block) -> Partial:
         """This rank's queries over the step's own tokens."""
-        heads = range(*me.q.shift(self.q_shard.start))
-        first = me.kv.start + self.kv_shard.start
         own = (plan.keys, slice(*me.kv))
         return attention(
             q,
@@ -356,7 +360,7 @@ class QShipDecodeAttention(UlyssesAttention):
             plan.current,
             softmax_scale=self.softmax_scale,
             window=self.window,
-            kv_head_of=tuple(head // self.heads.group_size - first for head in heads),
+            kv_head_of=self._kv_head_of(me.q.shift(self.q_shard.start), me.kv.shift(self.kv_shard.start)),
             deterministic=comm.is_deterministic(self.group),
         )
 
@@ -386,7 +390,7 @@ class QShipDecodeAttention(UlyssesAttention):
 
     def _plan(self, batch: RaggedBatch, tail: Tail | None, kv: StripedKV, blocks: tuple[_Block, ...]) -> _Plan:
         queries = batch if tail is None else tail.batch
-        key = ("qship", kv.striping, kv.rank, blocks, self.window)
+        key = ("qship", self.heads, blocks, kv.striping, kv.rank, self.window)
         plan: _Plan | None = queries.plans.get(key)
         if plan is None:
             tokens = tuple(block.rows(batch.num_tokens) for block in blocks)
@@ -394,7 +398,7 @@ class QShipDecodeAttention(UlyssesAttention):
             mine = rows[self.group.rank()]
             steps = RaggedBatch.build(queries.q_lens, batch.q_lens, device=batch.device)
             _, (current, keys), _ = steps.split_keys([mine.start, mine.stop])
-            context = tuple(_shares(batch, queries, kv, self.window))
+            context = tuple(_shares(batch, queries, kv, self.window, self._kv_head_of(self.q_shard, self.kv_shard)))
             plan = queries.plans[key] = _Plan(tokens, rows, context, current, keys)
         return plan
 
@@ -405,7 +409,9 @@ def _rows_of(tail: Tail, tokens: Range) -> Range:
     return Range(start, start + len(tail.within(*tokens)))
 
 
-def _shares(batch: RaggedBatch, queries: RaggedBatch, kv: StripedKV, window: int | None) -> Iterator[_Share]:
+def _shares(
+    batch: RaggedBatch, queries: RaggedBatch, kv: StripedKV, window: int | None, kv_head_of: tuple[int, ...]
+) -> Iterator[_Share]:
     """What the queries of a step see of this rank's context: in place, or gathered where a window ends inside it."""
     alike: dict[int, list[int]] = {}
     near: list[tuple[int, int, Range]] = []
@@ -425,11 +431,11 @@ def _shares(batch: RaggedBatch, queries: RaggedBatch, kv: StripedKV, window: int
         rows = [row for r in requests for row in range(queries.q_starts[r], queries.q_starts[r] + asked)]
         lengths, pages = [held[r] for r in requests], [batch.pages[r] for r in requests]
         paged = RaggedBatch.build([1] * len(requests), lengths, pages, size, device=device)
-        yield _Share(torch.tensor(rows, device=device), None, paged, asked)
+        yield _share(rows, None, paged, asked, kv_head_of)
     if near:
         slots = torch.cat([_slots(batch.pages[request], size, seen) for _, request, seen in near])
         flat = RaggedBatch.build([1] * len(near), [seen.size for *_, seen in near], device=device)
-        yield _Share(torch.tensor([row for row, *_ in near], device=device), slots.to(device), flat, 1)
+        yield _share([row for row, *_ in near], slots.to(device), flat, 1, kv_head_of)
 
 
 def _slots(pages: tuple[int, ...], size: int, tokens: Range) -> Tensor:
@@ -438,12 +444,15 @@ def _slots(pages: tuple[int, ...], size: int, tokens: Range) -> Tensor:
     return torch.tensor(pages)[index // size] * size + index % size
 
 
-@lru_cache(maxsize=256)
-def _folded(kv_head_of: tuple[int, ...], queries: int) -> tuple[list[int], tuple[int, ...]]:
-    """The heads of several queries as those of one, so that a KV head is read once: their order, and what they read."""
+def _share(
+    rows: Sequence[int], slots: Tensor | None, batch: RaggedBatch, queries: int, kv_head_of: tuple[int, ...]
+) -> _Share:
     heads = len(kv_head_of)
     order = sorted(range(queries * heads), key=lambda place: kv_head_of[place % heads])
-    return order, tuple(kv_head_of[place % heads] for place in order)
+    back = sorted(range(queries * heads), key=order.__getitem__)
+    read = tuple(kv_head_of[place % heads] for place in order)
+    where, there, again = (torch.tensor(places, device=batch.device) for places in (rows, order, back))
+    return _Share(where, slots, batch, queries, there, again, read)
 
 
 def _lse_dtype(q: Tensor) -> torch.dtype:
