@@ -12,7 +12,7 @@ Source: the SP-fastest order is the transpose of Shift Parallelism's device grid
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby, pairwise
@@ -23,18 +23,25 @@ __all__ = [
     "GraphKeys",
     "HeadMap",
     "HeadPart",
+    "Held",
     "Interleave",
     "Layout",
     "Piece",
+    "Placement",
     "Range",
+    "RingOrder",
+    "Run",
     "Segment",
     "Shift",
     "Striping",
     "ThreePhase",
+    "Tile",
     "block_ranges",
     "even_ranges",
     "even_split",
     "piece_ranges",
+    "place_tokens",
+    "ring_peers",
     "shard_range",
     "union",
 ]
@@ -638,3 +645,242 @@ def _merged(*runs: Sequence[Range]) -> tuple[Range, ...]:
         else:
             joined.append(item)
     return tuple(joined)
+
+
+Placement = Literal["contiguous", "zigzag", "striped"]
+"""How the tokens of a request lie over ranks; see `place_tokens`."""
+
+
+class Run(NamedTuple):
+    """Tokens of one request, increasing: `width` neighbours, the next `width` of them `step` further, and so on.
+
+    Index i is position `start + i // width * step + i % width`; the run is the indices from `first` to `stop`.
+    """
+
+    first: int
+    stop: int
+    start: int = 0
+    step: int = 1
+    width: int = 1
+
+    @property
+    def size(self) -> int:
+        return self.stop - self.first
+
+    def position(self, index: int) -> int:
+        """The position of the token `index` of the run, which is counted from its own first."""
+        turn, offset = divmod(self.first + index, self.width)
+        return self.start + turn * self.step + offset
+
+    @property
+    def positions(self) -> tuple[int, ...]:
+        """All of them, in order."""
+        return tuple(map(self.position, range(self.size)))
+
+    def below(self, position: int) -> int:
+        """How many tokens of the run lie before `position`."""
+        turn, offset = divmod(position - self.start, self.step)
+        return min(max(turn * self.width + min(offset, self.width) - self.first, 0), self.size)
+
+    def take(self, indices: Range) -> Run:
+        """The part of it with these indices."""
+        return self._replace(first=self.first + indices.start, stop=self.first + indices.stop)
+
+
+Held = tuple[tuple[tuple[Run, ...], ...], ...]
+"""Entry [rank][request]: the runs that lie there, one after another."""
+
+
+def place_tokens(
+    num_tokens: int, ranks: int, placement: Placement, *, interleave: int = 1, first: int = 0
+) -> tuple[tuple[Run, ...], ...]:
+    """The tokens [first, first + num_tokens) of a request over ranks; entry r is what rank r holds, in order.
+
+    "contiguous": even slices; under a causal mask the last rank has up to 2 * ranks - 1 times the work of the first.
+    "zigzag": of 2 * ranks even chunks rank r has number r and the r-th from the end.
+    "striped": position t is on rank t // interleave mod ranks, whatever `first` is.
+
+    The causal work of two ranks, the sum of position + 1 over their tokens, differs by at most 2 * num_tokens for
+    zigzag and 2 * interleave * num_tokens for striped, of about num_tokens**2 / (2 * ranks) each (first = 0).
+
+    Raises:
+        ValueError: fewer than one rank, an interleave below one or of another placement than striped, an unknown one.
+    """
+    if placement not in ("contiguous", "zigzag", "striped"):
+        raise ValueError(f'`placement` must be one of "contiguous", "zigzag", "striped", got {placement!r}')
+    if ranks < 1 or num_tokens < 0:
+        raise ValueError(f"a placement must be of a count >= 0 over ranks >= 1, got {num_tokens} over {ranks}")
+    if interleave < 1 or (interleave > 1 and placement != "striped"):
+        raise ValueError(f"`interleave` must be at least 1, and 1 unless striped, got {interleave} for {placement}")
+    if placement == "striped":
+        step, found = ranks * interleave, []
+        for rank in range(ranks):
+            whole = Run(0, 2 * (first + num_tokens), rank * interleave, step, interleave)
+            found.append((whole.take(Range(whole.below(first), whole.below(first + num_tokens))),))
+        return tuple(found)
+    if placement == "contiguous":
+        return tuple((Run(*r.shift(first)),) for r in even_ranges(num_tokens, ranks))
+    chunks = [Run(*r.shift(first)) for r in even_ranges(num_tokens, 2 * ranks)]
+    return tuple((chunks[rank], chunks[-1 - rank]) for rank in range(ranks))
+
+
+def ring_peers(rank: int, ranks: int) -> tuple[int, int]:
+    """Whom a rank of a ring sends to, and whom it receives from."""
+    return (rank + 1) % ranks, (rank - 1) % ranks
+
+
+class Tile(NamedTuple):
+    """Queries and keys of which one call makes a partial: local rows, local keys, and what they may see.
+
+    "full": every query sees every key. "causal": row i sees keys up to i. "masked": by the positions of both.
+    """
+
+    kind: Literal["full", "causal", "masked"]
+    rows: Range
+    keys: Range
+    q: Run
+    k: Run
+
+
+TILE_ROWS = 128
+"""Rows of a block of queries that see different keys of a run."""
+
+
+@dataclass(frozen=True)
+class RingOrder:
+    """What goes round a ring of ranks, and what is computed at every hop.
+
+    Keys go from rank r to r + 1, queries from r to r - 1. Of what rank r sent out, only those tokens travel on that
+    some rank further on will need, so a causal mask or a window cuts transfers short.
+
+    Args:
+        q: the queries that each rank holds.
+        kv: the keys that each rank holds, of the same requests.
+        window: keys that a query sees, itself included; None for all before it.
+    """
+
+    q: Held
+    kv: Held
+    window: int | None = None
+
+    @property
+    def ranks(self) -> int:
+        return len(self.q)
+
+    def keys_at(self, owner: int, hop: int) -> tuple[tuple[Run, ...], ...]:
+        """The keys of `owner` that arrive at rank `owner + hop`: those that it or a later one sees; all at hop 0."""
+        ranks = [(owner + further) % self.ranks for further in range(hop, self.ranks)]
+        return self._part(self.kv, owner, ranks, self._keys_seen) if hop else self.kv[owner]
+
+    def seen_at(self, owner: int, hop: int) -> tuple[tuple[Run, ...], ...]:
+        """The keys of `owner` that rank `owner + hop` sees: their gradients come back from there."""
+        return self._part(self.kv, owner, [(owner + hop) % self.ranks], self._keys_seen)
+
+    def queries_at(self, owner: int, hop: int) -> tuple[tuple[Run, ...], ...]:
+        """The queries of `owner` that arrive at rank `owner - hop`: those that see keys there or later; all at hop 0.
+
+        They go round the other way: under a window the keys that they see are near in both.
+        """
+        ranks = [(owner - further) % self.ranks for further in range(hop, self.ranks)]
+        return self._part(self.q, owner, ranks, self._rows_seeing) if hop else self.q[owner]
+
+    def answered_at(self, owner: int, hop: int) -> tuple[tuple[Run, ...], ...]:
+        """The queries of `owner` that see keys of rank `owner - hop`: their partials come back from there."""
+        return self._part(self.q, owner, [(owner - hop) % self.ranks], self._rows_seeing)
+
+    @cached_property
+    def hops(self) -> int:
+        """How many hops anything of anybody has to make."""
+        for hop in range(self.ranks - 1, 0, -1):
+            if any(run.size for owner in range(self.ranks) for runs in self.keys_at(owner, hop) for run in runs):
+                return hop
+        return 0
+
+    def tiles(self, q: Sequence[Sequence[Run]], k: Sequence[Sequence[Run]]) -> tuple[Tile, ...]:
+        """What is to be computed of those queries with those keys, request by request."""
+        found, row, key = [], 0, 0
+        for q_runs, k_runs in zip(q, k, strict=True):
+            for q_run in q_runs:
+                at, of_run = key, []
+                for k_run in k_runs:
+                    of_run += self._tiles_of(q_run, row, k_run, at)
+                    at += k_run.size
+                row += q_run.size
+                found += of_run
+            key += sum(run.size for run in k_runs)
+        return _joined(found)
+
+    def visible(self, q: Run, k: Run) -> tuple[Range, Range] | None:
+        """Indices of the queries that see some of the keys, and of the keys that are seen by some; None for neither."""
+        if not q.size or not k.size:
+            return None
+        start = 0 if self.window is None else k.below(q.position(0) - self.window + 1)
+        keys = Range(start, k.below(q.position(q.size - 1) + 1))
+        if keys.start >= keys.stop:
+            return None
+        stop = q.size if self.window is None else q.below(k.position(keys.stop - 1) + self.window)
+        rows = Range(q.below(k.position(keys.start)), stop)
+        return (rows, keys) if rows.start < rows.stop else None
+
+    def _tiles_of(self, q: Run, row: int, k: Run, key: int) -> list[Tile]:
+        found = self.visible(q, k)
+        if found is None:
+            return []
+        rows, keys = found
+        part, seen = q.take(rows), k.take(keys)
+        span = part.position(part.size - 1) - seen.position(0)
+        inside = self.window is None or span < self.window
+        full = inside and seen.position(seen.size - 1) <= part.position(0)
+        if full or (inside and part == seen):
+            return [Tile("full" if full else "causal", rows.shift(row), keys.shift(key), part, seen)]
+        if part.size > TILE_ROWS:
+            cuts = range(rows.start, rows.stop, TILE_ROWS)
+            blocks = [Range(start, min(start + TILE_ROWS, rows.stop)) for start in cuts]
+            return [tile for b in blocks for tile in self._tiles_of(q.take(b), row + b.start, k, key)]
+        # Keys that all of the block see need no mask, those before and after them do.
+        low = 0 if self.window is None else seen.below(part.position(part.size - 1) - self.window + 1)
+        high = max(low, seen.below(part.position(0) + 1))
+        kinds: tuple[tuple[Literal["full", "masked"], Range], ...] = (
+            ("masked", Range(0, low)),
+            ("full", Range(low, high)),
+            ("masked", Range(high, seen.size)),
+        )
+        at = key + keys.start
+        return [Tile(kind, rows.shift(row), r.shift(at), part, seen.take(r)) for kind, r in kinds if r.size]
+
+    def _part(
+        self, held: Held, owner: int, others: Sequence[int], wanted: Callable[[Run, int, int], Range]
+    ) -> tuple[tuple[Run, ...], ...]:
+        return tuple(
+            tuple(run.take(_hull([wanted(run, request, rank) for rank in others])) for run in runs)
+            for request, runs in enumerate(held[owner])
+        )
+
+    def _keys_seen(self, k: Run, request: int, rank: int) -> Range:
+        found = [self.visible(q, k) for q in self.q[rank][request]]
+        return _hull([each[1] for each in found if each])
+
+    def _rows_seeing(self, q: Run, request: int, rank: int) -> Range:
+        found = [self.visible(q, k) for k in self.kv[rank][request]]
+        return _hull([each[0] for each in found if each])
+
+
+def _hull(ranges: Sequence[Range]) -> Range:
+    """The shortest range around those that are not empty."""
+    some = [r for r in ranges if r.size]
+    return Range(min(r.start for r in some), max(r.stop for r in some)) if some else Range(0, 0)
+
+
+def _joined(tiles: Sequence[Tile]) -> tuple[Tile, ...]:
+    """The tiles with neighbours that need no mask made one: of the same queries, then of the same keys."""
+    found: list[Tile] = []
+    for tile in sorted(tiles, key=lambda t: (t.kind != "full", t.rows, t.keys)):
+        last = found[-1] if found else None
+        full = last is not None and last.kind == tile.kind == "full"
+        if last is not None and full and (last.rows, last.keys.stop) == (tile.rows, tile.keys.start):
+            found[-1] = last._replace(keys=Range(last.keys.start, tile.keys.stop))
+        elif last is not None and full and (last.keys, last.rows.stop) == (tile.keys, tile.rows.start):
+            found[-1] = last._replace(rows=Range(last.rows.start, tile.rows.stop))
+        else:
+            found.append(tile)
+    return tuple(found)

@@ -9,6 +9,7 @@ from seqpar.kernels.merge import add_sinks, merge
 from seqpar.kernels.rms_norm import rms_norm
 from seqpar.kernels.rotary import RopeConfig, rope_table, rotary
 from seqpar.kernels.swiglu import swiglu
+from seqpar.kernels.tile import tile_attention, tile_gradients
 
 __all__ = [
     "Backend",
@@ -29,4 +30,6 @@ __all__ = [
     "route",
     "sort_by_expert",
     "swiglu",
+    "tile_attention",
+    "tile_gradients",
 ]

@@ -27,11 +27,13 @@ from seqpar.layers.moe import ExpertPlacement, ParallelMoE
 from seqpar.layers.norm import RMSNorm
 from seqpar.layers.overlap import OverlappedAttention, OverlappedMLP
 from seqpar.layers.qship import QShipDecodeAttention
+from seqpar.layers.ring import CachedKV, RingAttention
 from seqpar.layers.striped import heads_to_stripes, heads_to_stripes_steps, stripes_to_heads, stripes_to_heads_steps
 from seqpar.layers.threephase import PipelinedUlysses
 from seqpar.layers.ulysses import UlyssesAttention
 
 __all__ = [
+    "CachedKV",
     "ColumnParallelLinear",
     "ExpertPlacement",
     "GateUpParallelLinear",
@@ -47,6 +49,7 @@ __all__ = [
     "QKVParallelLinear",
     "QShipDecodeAttention",
     "RMSNorm",
+    "RingAttention",
     "RowParallelLinear",
     "Shard",
     "ShardedModule",

@@ -9,6 +9,7 @@ from seqpar.plan.costs import Curve, LayerCosts, SlotCosts
 from seqpar.plan.hardware import MACHINES, Accelerator, Fabric, Machine
 from seqpar.plan.overlap import Candidate, OverlapChoice, overlap
 from seqpar.plan.prefill import ModelShape, prefill_costs
+from seqpar.plan.ring import ring_volumes
 from seqpar.plan.schedule import Schedule, Slot, bound, makespan, repeated_makespan
 from seqpar.plan.shift import ShiftChoice, StepCosts, shift
 from seqpar.plan.steps import StepWork, step_costs, step_seconds
@@ -40,6 +41,7 @@ __all__ = [
     "overlap",
     "prefill_costs",
     "repeated_makespan",
+    "ring_volumes",
     "shift",
     "step_costs",
     "step_seconds",

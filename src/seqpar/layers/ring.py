@@ -1,0 +1,527 @@
+"""Ring attention: every rank keeps the tokens it has, and keys, or queries, go round.
+
+Tokens of a request lie over the ranks by a placement (`partition.place_tokens`), each request by itself. Every rank
+knows the positions that all the others hold, so what travels, what is computed and what is skipped is worked out on
+host integers (`partition.RingOrder`), once for a batch, and is the same on every rank.
+
+* pass-KV: keys and values go from rank r to r + 1, in one message a hop. The next hop is launched before the attention
+  with what is there, and waited for after it.
+* pass-Q: keys stay, queries go from rank r to r - 1. Each partial (out, lse) is sent to its owner as soon as it is
+  there, packed into one message, and travels under the attention of the next hop. Meta's form sends all of them at the
+  end, in an all-to-all that nothing hides.
+* A token travels only as far as some rank needs it. Under a causal mask contiguous slices stop at the last rank; under
+  a window a slice is cut to the keys that the next rank still sees. Nothing is padded.
+* Partials are merged in float32 (float64 for float64).
+
+The backward pass is a ring as well, whichever way the forward went: keys and values go round again, and their
+gradients, in the dtype of the log-sum-exp, go home from every rank that saw them, each under the next block's work. So
+it sends what pass-KV does, and about as many elements of gradients; memory is that of two blocks and their gradients.
+Two others lost: a composition of differentiable steps keeps every received block and the scores of every tile;
+gradients that follow their keys round take a hop more, also those of tokens that a window has long left behind.
+
+Masks by positions cost one call for each block of 128 rows: striped placements, and windows. Contiguous and zig-zag
+prompts without a window have none: their pairs of chunks are seen whole, or causal, or not at all.
+
+Source: Ring Attention, arXiv:2310.01889; zig-zag chunks and pass-Q of partial prefills, arXiv:2411.01783; striped,
+arXiv:2311.09431.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
+from typing import Any, Literal, NamedTuple, TypeVar
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from seqpar import comm
+from seqpar.comm import ProcessGroup, Steps
+from seqpar.kernels import attention, merge, tile_attention, tile_gradients
+from seqpar.partition import HeadMap, Held, Placement, Range, RingOrder, Run, Tile, place_tokens, ring_peers
+from seqpar.ragged import RaggedBatch
+
+__all__ = ["CachedKV", "RingAttention"]
+
+T = TypeVar("T")
+Method = Literal["kv", "q"]
+Runs = tuple[tuple[Run, ...], ...]
+
+
+class CachedKV(NamedTuple):
+    """What lies on the ranks of earlier tokens: this rank's keys and values, and the positions that every rank holds.
+
+    `held[rank][request]` are runs of tokens, those of `place_tokens`, or of several calls one after another; `k` and
+    `v` are this rank's, [tokens, G, D], request after request.
+    """
+
+    k: Tensor
+    v: Tensor
+    held: Held
+
+    @classmethod
+    def placed(
+        cls, k: Tensor, v: Tensor, lens: Sequence[int], ranks: int, placement: Placement, *, interleave: int = 1
+    ) -> CachedKV:
+        """That many tokens of each request, laid out by one placement."""
+        return cls(k, v, _over(lens, [0] * len(lens), ranks, placement, interleave))
+
+
+class RingAttention(nn.Module):
+    """Causal attention over a ragged batch whose tokens lie on the ranks of `group` by a placement.
+
+    The group may have more ranks than there are heads.
+
+    Args:
+        heads: who owns which heads; the ring holds all of one tensor-parallel shard, so any sp will do.
+        head_dim: D.
+        group: the sequence ranks.
+        tp_rank: which tensor-parallel shard of the heads.
+        method: "kv" sends keys and values round, "q" queries.
+        placement: of the new tokens; see `partition.place_tokens`.
+        interleave: neighbours that lie together, of a striped placement.
+        window: visible keys including the query's own; None for all.
+        softmax_scale: factor of the scores; 1/sqrt(D) by default.
+
+    Raises:
+        ValueError: a method, placement, interleave, window or tp rank that is none.
+    """
+
+    label: str = ""
+
+    def __init__(
+        self,
+        heads: HeadMap,
+        head_dim: int,
+        *,
+        group: ProcessGroup,
+        tp_rank: int = 0,
+        method: Method = "kv",
+        placement: Placement = "zigzag",
+        interleave: int = 1,
+        window: int | None = None,
+        softmax_scale: float | None = None,
+    ) -> None:
+        super().__init__()
+        if method not in ("kv", "q"):
+            raise ValueError(f'`method` must be "kv" or "q", got {method!r}')
+        if window is not None and window < 1:
+            raise ValueError(f"`window` must be at least 1 key or None, got {window}")
+        if not 0 <= tp_rank < heads.tp:
+            raise ValueError(f"`tp_rank` must lie in [0, {heads.tp}), got {tp_rank}")
+        place_tokens(0, group.size(), placement, interleave=interleave)
+        self.group, self.head_dim, self.window = group, head_dim, window
+        self.method: Method = method
+        self.placement: Placement = placement
+        self.interleave = interleave
+        self.softmax_scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
+        q, kv = heads.q_shard(tp_rank), heads.kv_shard(tp_rank)
+        self.num_heads, self.num_kv_heads = q.size, kv.size
+        self.kv_head_of = tuple(head // heads.group_size - kv.start for head in range(*q))
+
+    def rows(self, batch: RaggedBatch) -> Int64[Tensor, " t_local"]:
+        """Which of the batch's tokens this rank holds, in the order in which the layer takes them."""
+        cached = [keys - new for keys, new in zip(batch.kv_lens, batch.q_lens, strict=True)]
+        mine = self._held(batch)[self.group.rank()]
+        starts = [start - old for start, old in zip(batch.q_starts, cached, strict=False)]
+        found = [p + start for runs, start in zip(mine, starts, strict=True) for run in runs for p in run.positions]
+        return torch.tensor(found, dtype=torch.int64, device=batch.device)
+
+    def order(self, batch: RaggedBatch, cached: CachedKV | None = None) -> RingOrder:
+        """What travels and what is computed for a batch; the same on every rank."""
+        held = None if cached is None else cached.held
+        key = ("ring", self.group.size(), self.placement, self.interleave, self.window, held)
+        if key not in batch.plans:
+            new = self._held(batch)
+            kv = new if held is None else _beside(held, new)
+            batch.plans[key] = RingOrder(new, kv, self.window)
+        order: RingOrder = batch.plans[key]
+        return order
+
+    def steps(
+        self,
+        q: Float[Tensor, "t_local h d"],
+        k: Float[Tensor, "t_local g d"],
+        v: Float[Tensor, "t_local g d"],
+        batch: RaggedBatch,
+        cached: CachedKV | None = None,
+    ) -> Steps[Float[Tensor, "t_local h d"]]:
+        """See `forward`; yields at every hop, and with method "q" at every partial that comes back."""
+        self._check(q, k, v, batch, cached)
+        order = self.order(batch, cached)
+        kv = torch.stack((k, v), 1)
+        if cached is not None:
+            kv = _between(torch.stack((cached.k, cached.v), 1), cached.held, kv, order.q, self.group.rank())
+        ring = _Ring(self, order, batch, q.dtype)
+        go_round = ring.pass_kv if self.method == "kv" else ring.pass_q
+        out, lse = yield from go_round(q.detach(), kv.detach())
+        out = out.to(q.dtype)
+        if torch.is_grad_enabled() and (q.requires_grad or kv.requires_grad):
+            result: Tensor = _Backward.apply(q, kv, (out, lse), ring)  # type: ignore[no-untyped-call]
+            return result
+        return out
+
+    def forward(
+        self,
+        q: Float[Tensor, "t_local h d"],
+        k: Float[Tensor, "t_local g d"],
+        v: Float[Tensor, "t_local g d"],
+        batch: RaggedBatch,
+        cached: CachedKV | None = None,
+    ) -> Float[Tensor, "t_local h d"]:
+        """Attend.
+
+        In:    q[T/p, H/tp, D]; k, v[T/p, G/tp, D], rotated: the tokens `rows(batch)`, heads of this shard in order.
+        Out:   [T/p, H/tp, D], the same tokens.
+        Grad:  placed as the inputs, the cached keys and values included; every rank must use the result.
+        Comm:  method "kv": keys and values of every token, as often as it has to hop. Method "q": queries likewise,
+               and the output and lse of every query once for each other rank whose keys it sees.
+               `plan.ring_volumes` has the bytes of every rank.
+
+        Args:
+            q: queries.
+            k: keys.
+            v: values.
+            batch: the step's tokens, all of them, the same on every rank; its pages are not read.
+            cached: earlier tokens of its requests, all of `kv_lens - q_lens`.
+
+        Raises:
+            ValueError: tokens, heads or dtypes that are not the batch's or the head map's; cached tokens that are not
+                those that the batch has, each on one rank.
+        """
+        return comm.run(self.steps(q, k, v, batch, cached))
+
+    def _held(self, batch: RaggedBatch) -> Held:
+        firsts = [keys - new for keys, new in zip(batch.kv_lens, batch.q_lens, strict=True)]
+        return _over(batch.q_lens, firsts, self.group.size(), self.placement, self.interleave)
+
+    def _check(self, q: Tensor, k: Tensor, v: Tensor, batch: RaggedBatch, cached: CachedKV | None) -> None:
+        """Refuse what does not fit before the first collective."""
+        rank, own = self.group.rank(), self._held(batch)
+        wanted = _count(own[rank])
+        shapes = [(wanted, heads, self.head_dim) for heads in (self.num_heads, self.num_kv_heads, self.num_kv_heads)]
+        if [tuple(x.shape) for x in (q, k, v)] != shapes or not q.dtype == k.dtype == v.dtype:
+            raise ValueError(
+                f"`q`, `k`, `v` must be {', '.join(str(list(shape)) for shape in shapes)} (the tokens `rows(batch)`) "
+                f"in one dtype, got {', '.join(str(list(x.shape)) for x in (q, k, v))} in {q.dtype}, {k.dtype}, "
+                f"{v.dtype}"
+            )
+        lens = tuple(keys - new for keys, new in zip(batch.kv_lens, batch.q_lens, strict=True))
+        if cached is None:
+            if any(lens):
+                raise ValueError(f"`cached` must be given for a batch with cached tokens ({lens}), got None")
+            return
+        _check_cached(cached, lens, self.group, (self.num_kv_heads, self.head_dim), k.dtype)
+
+
+class _Ring:
+    """One step: its order, on this rank."""
+
+    def __init__(self, core: RingAttention, order: RingOrder, batch: RaggedBatch, dtype: torch.dtype) -> None:
+        self.core, self.order, self.batch = core, order, batch
+        self.rank, self.ranks, self.group = core.group.rank(), order.ranks, core.group
+        self.dtype = dtype
+        self.memory: dict[tuple[Any, ...], Any] = batch.plans.setdefault(("ring.memory", order), {})
+        self.options: dict[str, Any] = {"softmax_scale": core.softmax_scale, "kv_head_of": core.kv_head_of}
+
+    def pass_kv(self, q: Tensor, kv: Tensor) -> Steps[tuple[Tensor, Tensor]]:
+        """Attend to each block of keys while the next one travels."""
+        total = _Sum(q)
+        for hop in range(self.order.hops + 1):
+            coming = self._next_keys(kv, hop)
+            try:
+                for rows, out, lse in self._partials(q, kv, self._tiles_of_keys(hop)):
+                    total.add(rows, out, lse)
+                kv = yield from coming
+            finally:
+                coming.close()
+        return total.out, total.lse
+
+    def pass_q(self, q: Tensor, kv: Tensor) -> Steps[tuple[Tensor, Tensor]]:
+        """Answer each block of queries while the next one travels, and the answer before it, too."""
+        total, block, back = _Sum(q), q, comm.start(_nothing())
+        try:
+            for hop in range(self.order.hops + 1):
+                coming = self._next_queries(block, hop)
+                try:
+                    answer = _Sum(block) if hop else total
+                    for rows, out, lse in self._partials(block, kv, self._tiles_of_queries(hop)):
+                        answer.add(rows, out, lse)
+                    self._collect(total, hop - 1, (yield from back))
+                    back = self._answer(answer, q, hop)
+                    block = yield from coming
+                finally:
+                    coming.close()
+            self._collect(total, self.order.hops, (yield from back))
+        finally:
+            back.close()
+        return total.out, total.lse
+
+    def backward(self, grad: Tensor, q: Tensor, kv: Tensor, out: Tensor, lse: Tensor) -> Steps[tuple[Tensor, Tensor]]:
+        """Keys go round as in `pass_kv`; the gradients of each block go home under the next one's."""
+        to_q, to_own = torch.zeros_like(q, dtype=lse.dtype), torch.zeros_like(kv, dtype=lse.dtype)
+        back = comm.start(_nothing())
+        try:
+            for hop in range(self.order.hops + 1):
+                coming = self._next_keys(kv, hop)
+                try:
+                    to_kv = torch.zeros_like(kv, dtype=lse.dtype) if hop else to_own
+                    for tile in self._tiles_of_keys(hop):
+                        rows, keys = slice(*tile.rows), slice(*tile.keys)
+                        (k, v), options = kv[keys].unbind(1), self._rule(tile)
+                        found = tile_gradients(grad[rows], q[rows], k, v, out[rows], lse[rows], **options)
+                        to_q[rows] += found[0]
+                        to_kv[keys] += torch.stack(found[1:], 1)
+                    self._add_home(to_own, hop - 1, (yield from back))
+                    back = self._gradients_home(to_kv, hop)
+                    kv = yield from coming
+                finally:
+                    coming.close()
+            self._add_home(to_own, self.order.hops, (yield from back))
+        finally:
+            back.close()
+        return to_q.to(q.dtype), to_own.to(grad.dtype)
+
+    def _partials(self, q: Tensor, kv: Tensor, tiles: Sequence[Tile]) -> Iterator[tuple[Range, Tensor, Tensor]]:
+        for tile in tiles:
+            rows, (k, v) = q[slice(*tile.rows)], kv[slice(*tile.keys)].unbind(1)
+            if tile.kind == "causal":
+                out, lse = attention(rows, k, v, self._whole(tile.rows.size), **self.options)
+            else:
+                out, lse = tile_attention(rows, k, v, **self._rule(tile))
+            yield tile.rows, out, lse
+
+    def _rule(self, tile: Tile) -> dict[str, Any]:
+        """What the kernels of tiles are told of one."""
+        mask = self._kept(("mask", tile.q, tile.k), lambda: self._mask(tile)) if tile.kind == "masked" else None
+        return {**self.options, "causal": tile.kind == "causal", "mask": mask}
+
+    def _mask(self, tile: Tile) -> Tensor:
+        own, key = _positions(tile.q)[:, None], _positions(tile.k)
+        seen = key <= own
+        if self.order.window is not None:
+            seen &= key > own - self.order.window
+        return seen.to(self.batch.device)
+
+    def _whole(self, tokens: int) -> RaggedBatch:
+        return self._kept(("whole", tokens), lambda: RaggedBatch.prefill((tokens,), self.batch.device))
+
+    def _tiles_of_keys(self, hop: int) -> tuple[Tile, ...]:
+        keys = self._keys((self.rank - hop) % self.ranks, hop)
+        return self._kept(("keys", hop), lambda: self.order.tiles(self.order.q[self.rank], keys))
+
+    def _tiles_of_queries(self, hop: int) -> tuple[Tile, ...]:
+        queries = self._queries((self.rank + hop) % self.ranks, hop)
+        return self._kept(("queries", hop), lambda: self.order.tiles(queries, self.order.kv[self.rank]))
+
+    def _keys(self, owner: int, hop: int) -> Runs:
+        return self._kept(("keys at", owner, hop), lambda: self.order.keys_at(owner, hop))
+
+    def _queries(self, owner: int, hop: int) -> Runs:
+        return self._kept(("queries at", owner, hop), lambda: self.order.queries_at(owner, hop))
+
+    def _seen(self, owner: int, hop: int) -> Runs:
+        return self._kept(("seen at", owner, hop), lambda: self.order.seen_at(owner, hop))
+
+    def _answered(self, owner: int, hop: int) -> Runs:
+        return self._kept(("answered at", owner, hop), lambda: self.order.answered_at(owner, hop))
+
+    def _kept(self, key: tuple[Any, ...], make: Callable[[], T]) -> T:
+        """What is the same in every layer of the batch."""
+        if key not in self.memory:
+            self.memory[key] = make()
+        found: T = self.memory[key]
+        return found
+
+    def _next_keys(self, kv: Tensor, hop: int) -> Steps[Tensor]:
+        """Launch the hop after `hop` of the keys that are here, and of those that come."""
+        if hop == self.order.hops:
+            return comm.start(_nothing())
+        there, before = (self.rank - hop) % self.ranks, (self.rank - hop - 1) % self.ranks
+        sent = _select(kv, self._keys(there, hop), self._keys(there, hop + 1))
+        return self._send(sent, *ring_peers(self.rank, self.ranks), _count(self._keys(before, hop + 1)))
+
+    def _next_queries(self, q: Tensor, hop: int) -> Steps[Tensor]:
+        """The same of queries, the other way round."""
+        if hop == self.order.hops:
+            return comm.start(_nothing())
+        there, after = (self.rank + hop) % self.ranks, (self.rank + hop + 1) % self.ranks
+        sent = _select(q, self._queries(there, hop), self._queries(there, hop + 1))
+        src, dst = ring_peers(self.rank, self.ranks)
+        return self._send(sent, dst, src, _count(self._queries(after, hop + 1)))
+
+    def _answer(self, answer: _Sum, q: Tensor, hop: int) -> Steps[Tensor]:
+        """Launch the way home of the partials of other ranks' queries, and of this one's."""
+        if hop == 0:
+            return comm.start(_nothing())
+        owner, there = (self.rank + hop) % self.ranks, (self.rank - hop) % self.ranks
+        arrived, wanted = self._queries(owner, hop), self._answered(owner, hop)
+        packed = _pack(_select(answer.out, arrived, wanted).to(q.dtype), _select(answer.lse, arrived, wanted))
+        return self._send(packed, owner, there, _count(self._answered(self.rank, hop)), tag=1)
+
+    def _collect(self, total: _Sum, hop: int, packed: Tensor | None) -> None:
+        """Add what came back from the rank `hop` further on."""
+        if packed is None:
+            return
+        out, lse = _unpack(packed, self.core.num_heads, self.core.head_dim, self.dtype)
+        for rows, part in _places(self.order.q[self.rank], self._answered(self.rank, hop)):
+            total.add(rows, out[slice(*part)], lse[slice(*part)])
+
+    def _gradients_home(self, to_kv: Tensor, hop: int) -> Steps[Tensor]:
+        """Launch the way home of the gradients of other ranks' keys, and of this one's."""
+        if hop == 0:
+            return comm.start(_nothing())
+        owner, there = (self.rank - hop) % self.ranks, (self.rank + hop) % self.ranks
+        sent = _select(to_kv, self._keys(owner, hop), self._seen(owner, hop))
+        return self._send(sent, owner, there, _count(self._seen(self.rank, hop)), tag=1, label=" (backward)")
+
+    def _add_home(self, total: Tensor, hop: int, found: Tensor | None) -> None:
+        if found is None:
+            return
+        for rows, part in _places(self.order.kv[self.rank], self._seen(self.rank, hop)):
+            total[slice(*rows)] += found[slice(*part)]
+
+    def _send(self, x: Tensor, dst: int, src: int, rows: int, *, tag: int = 0, label: str = "") -> Steps[Tensor]:
+        return comm.start(
+            comm.send_recv_steps(
+                x,
+                dst=dst,
+                src=src,
+                group=self.group,
+                recv_shape=(rows, *x.shape[1:]),
+                tag=tag,
+                label=(self.core.label or "ring") + label,
+            )
+        )
+
+
+class _Sum:
+    """Partials of some queries, merged as they come."""
+
+    def __init__(self, q: Tensor) -> None:
+        dtype = torch.promote_types(q.dtype, torch.float32)
+        self.out = torch.zeros_like(q, dtype=dtype)
+        self.lse = q.new_full(q.shape[:2], -torch.inf, dtype=dtype)
+
+    def add(self, rows: Range, out: Tensor, lse: Tensor) -> None:
+        """Merge a partial of consecutive rows into theirs."""
+        those = slice(*rows)
+        self.out[those], self.lse[those] = merge((self.out[those], out), (self.lse[those], lse))
+
+
+class _Backward(torch.autograd.Function):
+    """Gives the finished output its gradient: another ring."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, kv: Tensor, found: tuple[Tensor, Tensor], ring: _Ring) -> Tensor:
+        ctx.ring = ring
+        ctx.save_for_backward(q, kv, *found)
+        return found[0].data  # no view of what is saved, so that its owner may write to it
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        to_q, to_kv = comm.run(ctx.ring.backward(grad.contiguous(), *ctx.saved_tensors))
+        return to_q, to_kv, None, None
+
+
+def _nothing() -> Steps[Any]:
+    """A program with nothing in flight, and no result."""
+    return None
+    yield
+
+
+def _over(lens: Sequence[int], firsts: Sequence[int], ranks: int, placement: Placement, interleave: int) -> Held:
+    """Every request by itself, over the ranks."""
+    placed = [
+        place_tokens(length, ranks, placement, interleave=interleave, first=first)
+        for length, first in zip(lens, firsts, strict=True)
+    ]
+    return tuple(tuple(request[rank] for request in placed) for rank in range(ranks))
+
+
+def _beside(cached: Held, new: Held) -> Held:
+    """Each request's cached runs, then its new ones."""
+    return tuple(
+        tuple((*old, *own) for old, own in zip(*ranks, strict=True)) for ranks in zip(cached, new, strict=True)
+    )
+
+
+def _between(cached: Tensor, held: Held, new: Tensor, own: Held, rank: int) -> Tensor:
+    """The rows of `_beside`, out of those of the cached and the new tokens."""
+    olds = cached.split([_count((runs,)) for runs in held[rank]])
+    news = new.split([_count((runs,)) for runs in own[rank]])
+    return torch.cat([new[:0], *chain(*zip(olds, news, strict=True))])
+
+
+def _count(requests: Runs) -> int:
+    return sum(run.size for runs in requests for run in runs)
+
+
+def _places(held: Runs, part: Runs) -> list[tuple[Range, Range]]:
+    """Where the rows of `part` lie among those of `held`, whose runs they are parts of, and among their own."""
+    found: list[tuple[Range, Range]] = []
+    row = at = 0
+    for whole, some in zip(chain(*held), chain(*part), strict=True):
+        if some.size:
+            there, here = Range(0, some.size).shift(row + some.first - whole.first), Range(at, at + some.size)
+            last = found[-1] if found else None
+            if last is not None and last[0].stop == there.start:
+                found[-1] = Range(last[0].start, there.stop), Range(last[1].start, here.stop)
+            else:
+                found.append((there, here))
+        row, at = row + whole.size, at + some.size
+    return found
+
+
+def _select(x: Tensor, held: Runs, part: Runs) -> Tensor:
+    """Those rows of x, a view where they are consecutive."""
+    rows = [x[slice(*there)] for there, _ in _places(held, part)]
+    return rows[0] if len(rows) == 1 else torch.cat([x[:0], *rows])
+
+
+def _pack(out: Tensor, lse: Tensor) -> Tensor:
+    """[T, H, D] and [T, H] as bytes [T, H, D * b + 4], the lse beside each head's output (8 for float64)."""
+    return torch.cat([out.contiguous().view(torch.uint8), lse.contiguous()[..., None].view(torch.uint8)], -1)
+
+
+def _unpack(packed: Tensor, heads: int, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    wide = torch.promote_types(dtype, torch.float32)
+    out, lse = packed.split([head_dim * dtype.itemsize, wide.itemsize], -1)
+    return out.contiguous().view(dtype), lse.contiguous().view(wide)[..., 0]
+
+
+def _positions(run: Run) -> Tensor:
+    index = torch.arange(run.first, run.stop)
+    return run.start + index // run.width * run.step + index % run.width
+
+
+def _check_cached(
+    cached: CachedKV, lens: tuple[int, ...], group: ProcessGroup, heads: tuple[int, int], dtype: torch.dtype
+) -> None:
+    """Refuse cached tokens that are not the first ones of the batch's requests, each once."""
+    held = cached.held
+    if len(held) != group.size() or any(len(requests) != len(lens) for requests in held):
+        raise ValueError(
+            f"`cached.held` must have the runs of {len(lens)} requests for each of {group.size()} ranks, got those of "
+            f"{[len(requests) for requests in held]}"
+        )
+    for request, length in enumerate(lens):
+        runs = [run for requests in held for run in requests[request] if run.size]
+        ends = [(run.position(0), run.position(run.size - 1)) for run in runs]
+        if sum(run.size for run in runs) != length or any(a < 0 or b >= length for a, b in ends):
+            raise ValueError(
+                f"`cached.held` must place the {length} cached tokens of request {request} once each, got {runs}"
+            )
+    shape = (_count(held[group.rank()]), *heads)
+    if (
+        tuple(cached.k.shape) != shape
+        or cached.k.shape != cached.v.shape
+        or {cached.k.dtype, cached.v.dtype} != {dtype}
+    ):
+        raise ValueError(
+            f"`cached.k` and `cached.v` must be {list(shape)} in {dtype}, got {list(cached.k.shape)} in "
+            f"{cached.k.dtype} and {list(cached.v.shape)} in {cached.v.dtype}"
+        )
