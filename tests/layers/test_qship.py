@@ -21,6 +21,7 @@ from seqpar.layers import (
     UlyssesAttention,
     heads_to_stripes,
     stripes_to_heads,
+    tokens_to_stripes,
 )
 from seqpar.partition import HeadMap, Layout, Range, Striping, even_ranges
 from tests.layers.reference import Attention, name_of, rope
@@ -292,6 +293,40 @@ def test_conversions_are_exact(case: Case, layout: tuple[int, int]) -> None:
     run_mesh(layout, moved, case, (7, 0, 1, 12))
 
 
+def dealt(mesh: comm.DeviceMesh, kind: str) -> None:
+    """Steps whose tokens lie in slices, in chunks from both ends, or anywhere, some ranks with none."""
+    groups, case, choose = comm.groups(mesh), Case(8, 2, interleave=2), random.Random(3)
+    rank, p = groups.sp.rank(), groups.sp.size()
+    torch.manual_seed(4)
+    direct, kv = make(groups, case)[1], make(groups, case)[1]
+    for q_lens in ((7, 0, 12), (1, 1, 1), (0, 5, 2)):
+        batch, same = direct.batch(range(3), q_lens), kv.batch(range(3), q_lens)
+        k, v = torch.randn(2, batch.num_tokens, kv.num_kv_heads, DIM, dtype=torch.float64)
+        direct.append(0, k, v, batch)
+        rows = [list(range(*r)) for r in even_ranges(batch.num_tokens, p)]
+        if kind == "zigzag":
+            halves = [list(range(*r)) for r in even_ranges(batch.num_tokens, 2 * p)]
+            rows = [halves[i] + halves[-1 - i] for i in range(p)]
+        if kind == "anywhere":
+            places = [choose.randrange(p) for _ in range(batch.num_tokens)]
+            rows = [[row for row, place in enumerate(places) if place == i] for i in range(p)]
+            for those in rows:
+                choose.shuffle(those)
+        with comm.record() as sent:
+            mine = rows[rank]
+            tokens_to_stripes(k[mine], v[mine], same, kv, layer_index=0, rows=rows, group=groups.sp)
+        away = set(rows[rank]) - set(kv.own(same))
+        assert sent.total[:2] == ((1, len(away) * 2 * kv.num_kv_heads * DIM * 8) if p > 1 else (0, 0))
+    for request in range(3):
+        torch.testing.assert_close(kv.gather(0, [request]), direct.gather(0, [request]), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("layout", [(1, 1), (1, 3), (2, 2)], ids=name_of)
+@pytest.mark.parametrize("kind", ["slices", "zigzag", "anywhere"])
+def test_tokens_are_dealt_out_exactly(kind: str, layout: tuple[int, int]) -> None:
+    run_mesh(layout, dealt, kind)
+
+
 def prefilled(mesh: comm.DeviceMesh) -> None:
     """Prompts under Ulysses, then the same decodes over the heads' cache and, converted, over the tokens'."""
     groups, case = comm.groups(mesh), Case(8, 2, interleave=2)
@@ -394,6 +429,29 @@ def test_parts_of_a_step_overlap(layout: tuple[int, int]) -> None:
     run_mesh(layout, chunks)
 
 
+def yields(mesh: comm.DeviceMesh) -> list[str]:
+    """What a step stops at, with the keys of the layer still missing where its mark is."""
+    core, kv = make(comm.groups(mesh), CASES[0])
+    batch = kv.batch([0], [2])
+    steps = core.steps(torch.zeros(1, 12 * DIM, dtype=torch.float64), batch, kv=kv)
+    seen: list[str] = []
+    value = None
+    while True:
+        try:
+            item = steps.send(value)
+        except StopIteration:
+            return seen
+        seen.append(type(item).__name__)
+        if isinstance(item, comm.Mark):
+            with pytest.raises(ValueError, match="after their keys are appended"):
+                kv.check_appended(0, [0])
+        value = item.wait()
+
+
+def test_a_step_marks_its_append() -> None:
+    assert run_mesh((1, 2), yields) == [["Handle", "Mark", "Handle"]] * 2
+
+
 def refusals(mesh: comm.DeviceMesh) -> None:
     """All by name, on all ranks, and nothing is sent."""
     groups = comm.groups(mesh)
@@ -425,6 +483,16 @@ def refusals(mesh: comm.DeviceMesh) -> None:
             core(qkv.clone().requires_grad_(), batch, kv=kv)
         with pytest.raises(ValueError, match="`qkv` must have shape"):
             core(qkv[:, 1:], batch, kv=kv)
+        k = torch.zeros(1, 2, DIM, dtype=torch.float64)
+        options: dict[str, Any] = {"layer_index": 0, "group": groups.sp}
+        with pytest.raises(ValueError, match=r"`rows` must have each of the batch's 2 tokens on one of the group's 2"):
+            tokens_to_stripes(k, k, batch, kv, rows=[[0], [0]], **options)
+        with pytest.raises(ValueError, match=r"`k` and `v` must be \[1, 2, 4\] in torch.float64"):
+            tokens_to_stripes(k[:, :1], k[:, :1], batch, kv, rows=[[0], [1]], **options)
+        with pytest.raises(
+            ValueError, match=r"`kv` must be the `StripedKV` of rank . of the group's 2, got rank . of 4"
+        ):
+            tokens_to_stripes(k, k, batch, stripes(4), rows=[[0], [1]], **options)
     assert sent.total.calls == 0
 
     def refused(match: str, source: PagedKV, target: PagedKV, requests: list[str]) -> None:

@@ -28,7 +28,14 @@ from seqpar.layers.norm import RMSNorm
 from seqpar.layers.overlap import OverlappedAttention, OverlappedMLP
 from seqpar.layers.qship import QShipDecodeAttention
 from seqpar.layers.ring import CachedKV, RingAttention
-from seqpar.layers.striped import heads_to_stripes, heads_to_stripes_steps, stripes_to_heads, stripes_to_heads_steps
+from seqpar.layers.striped import (
+    heads_to_stripes,
+    heads_to_stripes_steps,
+    stripes_to_heads,
+    stripes_to_heads_steps,
+    tokens_to_stripes,
+    tokens_to_stripes_steps,
+)
 from seqpar.layers.threephase import PipelinedUlysses
 from seqpar.layers.ulysses import UlyssesAttention
 
@@ -66,4 +73,6 @@ __all__ = [
     "stripes_to_heads",
     "stripes_to_heads_steps",
     "sync_gradients",
+    "tokens_to_stripes",
+    "tokens_to_stripes_steps",
 ]

@@ -1,18 +1,21 @@
-"""Moving a cache between its two placements: all tokens of a rank's heads, and a rank's tokens of all heads.
+"""Moving keys and values between placements: all tokens of a rank's heads, and a rank's tokens of all heads.
 
 A prompt is computed under Ulysses, which leaves every rank whole sequences of its own heads; decodes that ship queries
 want every rank to hold some tokens of all heads of its tensor-parallel shard. Each layer is moved by one all-to-all,
 K and V together, for any number of requests at once. Nothing is computed, so either way is exact, and with it the way
 there and back.
 
-The caches stay apart: the target finds room for the requests and the source keeps them until it is told to free them.
+Caches stay apart: the target finds room for the requests and the source keeps them until it is told to free them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from itertools import chain
+from typing import Any, NamedTuple
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from seqpar import comm
@@ -21,7 +24,25 @@ from seqpar.kv import PagedKV, StripedKV
 from seqpar.partition import HeadMap
 from seqpar.ragged import RaggedBatch
 
-__all__ = ["heads_to_stripes", "heads_to_stripes_steps", "stripes_to_heads", "stripes_to_heads_steps"]
+__all__ = [
+    "heads_to_stripes",
+    "heads_to_stripes_steps",
+    "stripes_to_heads",
+    "stripes_to_heads_steps",
+    "tokens_to_stripes",
+    "tokens_to_stripes_steps",
+]
+
+
+class _Deal(NamedTuple):
+    """How this rank's share of a step's tokens is dealt out."""
+
+    order: Tensor
+    """Of its tokens: those of rank 0 first."""
+    sent: tuple[int, ...]
+    received: tuple[int, ...]
+    arriving: Tensor
+    """Where each token that arrives stands among those that this rank is to hold."""
 
 
 def heads_to_stripes_steps(
@@ -95,6 +116,98 @@ def stripes_to_heads_steps(
         for part, there in zip(received, rows, strict=True):
             kv[there] = part
         target.append(layer, kv[:, :, 0], kv[:, :, 1], batch)
+
+
+def tokens_to_stripes_steps(
+    k: Float[Tensor, "t_local g d"],
+    v: Float[Tensor, "t_local g d"],
+    batch: RaggedBatch,
+    kv: StripedKV,
+    *,
+    layer_index: int,
+    rows: Sequence[Sequence[int]],
+    group: ProcessGroup,
+    label: str = "",
+) -> Steps[None]:
+    """Append a step whose tokens lie on the ranks in any way, such as contiguous slices; yields once.
+
+    In:    k, v[t, G, D]: the tokens `rows[rank]` of the batch in that order, all KV heads of the shard.
+    Out:   `kv` has appended the step.
+    Comm:  each rank sends its tokens to those that are to hold them, K and V: 2 * G * D elements for each that another
+        one holds.
+
+    Args:
+        k: keys, as they are to be cached.
+        v: values.
+        batch: the step, made by `kv`.
+        kv: the cache of this rank.
+        layer_index: which layer of it.
+        rows: the tokens that each rank has, every one of the batch on one rank.
+        group: the sequence ranks.
+        label: names the collective.
+
+    Raises:
+        ValueError: rows that are not the batch's or not this tensor's, a cache of other ranks, or what the cache
+            refuses.
+    """
+    rank, held = group.rank(), tuple(map(tuple, rows))
+    if (kv.striping.ranks, kv.rank) != (group.size(), rank):
+        raise ValueError(
+            f"`kv` must be the `StripedKV` of rank {rank} of the group's {group.size()}, got rank {kv.rank} of "
+            f"{kv.striping.ranks}"
+        )
+    if len(held) != group.size() or sorted(chain(*held)) != list(range(batch.num_tokens)):
+        raise ValueError(
+            f"`rows` must have each of the batch's {batch.num_tokens} tokens on one of the group's {group.size()} "
+            f"ranks, got {[len(each) for each in held]} tokens"
+        )
+    shape = (len(held[rank]), kv.num_kv_heads, kv.head_dim)
+    if k.shape != shape or v.shape != shape or k.dtype != kv.dtype or v.dtype != kv.dtype:
+        raise ValueError(
+            f"`k` and `v` must be {list(shape)} in {kv.dtype}, got {list(k.shape)} in {k.dtype} and "
+            f"{list(v.shape)} in {v.dtype}"
+        )
+    deal = _deal(batch, kv, held)
+    both = torch.stack([k.detach(), v.detach()], 1)
+    received = yield comm.all_to_all_async(
+        both[deal.order], group=group, send_sizes=deal.sent, recv_sizes=deal.received, label=label
+    )
+    own = torch.empty_like(received)
+    own[deal.arriving] = received
+    kv.append_own(layer_index, own[:, 0], own[:, 1], batch)
+
+
+def tokens_to_stripes(
+    k: Float[Tensor, "t_local g d"],
+    v: Float[Tensor, "t_local g d"],
+    batch: RaggedBatch,
+    kv: StripedKV,
+    *,
+    layer_index: int,
+    rows: Sequence[Sequence[int]],
+    group: ProcessGroup,
+    label: str = "",
+) -> None:
+    """Run `tokens_to_stripes_steps`."""
+    options: dict[str, Any] = {"layer_index": layer_index, "rows": rows, "group": group, "label": label}
+    comm.run(tokens_to_stripes_steps(k, v, batch, kv, **options))
+
+
+def _deal(batch: RaggedBatch, kv: StripedKV, held: tuple[tuple[int, ...], ...]) -> _Deal:
+    key = ("stripes.deal", kv.striping, kv.rank, held)
+    deal: _Deal | None = batch.plans.get(key)
+    if deal is None:
+        owned = [{row: place for place, row in enumerate(kv.own(batch, rank))} for rank in range(len(held))]
+        sent = [[place for place, row in enumerate(held[kv.rank]) if row in those] for those in owned]
+        mine = owned[kv.rank]
+        received = [[mine[row] for row in there if row in mine] for there in held]
+        deal = batch.plans[key] = _Deal(
+            _index([*chain(*sent)], kv),
+            tuple(map(len, sent)),
+            tuple(map(len, received)),
+            _index([*chain(*received)], kv),
+        )
+    return deal
 
 
 def heads_to_stripes(
