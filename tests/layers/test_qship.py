@@ -17,13 +17,14 @@ from seqpar.layers import (
     HeadParameter,
     ParallelAttention,
     QShipDecodeAttention,
+    RingAttention,
     RMSNorm,
     UlyssesAttention,
     heads_to_stripes,
     stripes_to_heads,
     tokens_to_stripes,
 )
-from seqpar.partition import HeadMap, Layout, Range, Striping, even_ranges
+from seqpar.partition import HeadMap, Layout, Placement, Range, Striping, even_ranges, place_tokens
 from tests.layers.reference import Attention, name_of, rope
 from tests.ranks import LAYOUTS, run_mesh
 
@@ -352,6 +353,50 @@ def prefilled(mesh: comm.DeviceMesh) -> None:
 @pytest.mark.parametrize("layout", [(1, 2), (1, 3), (1, 4), (2, 2)], ids=name_of)
 def test_a_prefill_under_ulysses_decodes_the_same_once_converted(layout: tuple[int, int]) -> None:
     run_mesh(layout, prefilled)
+
+
+def ringed(mesh: comm.DeviceMesh, placement: Placement) -> None:
+    """Prompts round a ring, their keys to the stripes (in place already where the ring was striped), then decodes."""
+    groups, case = comm.groups(mesh), Case(8, 2, interleave=2)
+    ship, kv = make(groups, case)
+    heads, rank, q_lens = ship.heads, groups.sp.rank(), (6, 1, 9)
+    interleave = case.interleave if placement == "striped" else 1
+    options: dict[str, Any] = {"placement": placement, "interleave": interleave}
+    ring = RingAttention(heads, DIM, group=groups.sp, tp_rank=groups.tp.rank(), **options)
+    history, batch = History(case, 3), kv.batch([0, 1, 2], q_lens)
+    new, expected = history.add(q_lens)
+    q, k, v = new[0][:, slice(*ship.q_shard)], *(x[:, slice(*ship.kv_shard)] for x in new[1:])
+    placed = [place_tokens(length, heads.sp, placement, interleave=interleave) for length in q_lens]
+    rows = [
+        [
+            start + p
+            for start, runs in zip(batch.q_starts, placed, strict=False)
+            for run in runs[to]
+            for p in run.positions
+        ]
+        for to in range(heads.sp)
+    ]
+    mine = rows[rank]
+    assert mine == ring.rows(batch).tolist()
+    out = ring(q[mine], k[mine], v[mine], batch)
+    torch.testing.assert_close(out, expected[mine][:, slice(*ship.q_shard)], **EXACT)
+    if placement == "striped":
+        assert tuple(mine) == kv.own(batch)
+        kv.append_own(0, k[mine], v[mine], batch)
+    else:
+        tokens_to_stripes(k[mine], v[mine], batch, kv, layer_index=0, rows=rows, group=groups.sp)
+    for q_lens in ((1, 1, 1), (2, 1, 0)):
+        new, expected = history.add(q_lens)
+        batch = kv.batch([0, 1, 2], q_lens)
+        tokens = slice(*even_ranges(batch.num_tokens, heads.sp)[rank])
+        out = ship(pack(heads, groups.tp.rank(), *(x[tokens] for x in new)), batch, kv=kv)
+        torch.testing.assert_close(out, expected[tokens, slice(*ship.q_shard)].flatten(1), **EXACT)
+
+
+@pytest.mark.parametrize("layout", SOME, ids=name_of)
+@pytest.mark.parametrize("placement", ["contiguous", "zigzag", "striped"])
+def test_a_prefill_round_a_ring_decodes_over_stripes(placement: Placement, layout: tuple[int, int]) -> None:
+    run_mesh(layout, ringed, placement)
 
 
 def block(mesh: comm.DeviceMesh, form: str) -> None:
