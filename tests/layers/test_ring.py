@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,9 +11,10 @@ import torch
 from torch import Tensor
 
 from seqpar import comm, plan
+from seqpar.kv import StripedKV
 from seqpar.layers import CachedKV, RingAttention
 from seqpar.layers import ring as ring_module
-from seqpar.partition import HeadMap, Placement, place_tokens
+from seqpar.partition import HeadMap, Placement, Striping, place_tokens
 from seqpar.ragged import RaggedBatch
 from tests.comm.fakes import Clock
 from tests.kernels.own_errors import own_errors
@@ -181,6 +183,44 @@ def sharded(mesh: comm.DeviceMesh, method: str) -> None:
     rows, own, kv = core.rows(batch), slice(*heads.q_shard(tp_rank)), slice(*heads.kv_shard(tp_rank))
     out = core(q[rows, own], k[rows, kv], v[rows, kv], batch)
     torch.testing.assert_close(out, wanted[rows, own], rtol=1e-11, atol=1e-12)
+
+
+def chunked(mesh: comm.DeviceMesh, method: str) -> None:
+    """Prompts in chunks over a striped cache: a ring striped alike appends what it has, and reads its own share."""
+    groups, window = comm.groups(mesh), 7 if method == "q" else None
+    rank, striping = groups.sp.rank(), Striping(groups.sp.size(), 2)
+    core = RingAttention(
+        HeadMap(6, 2), DIM, group=groups.sp, method=method, placement="striped", interleave=2, window=window
+    )
+    kv = StripedKV(1, 12, striping.period * 2, 2, DIM, striping=striping, rank=rank, dtype=torch.float64)
+    torch.manual_seed(3)
+    lens = {"a": 17, "b": 9}
+    full = {name: [torch.randn(n, h, DIM, dtype=torch.float64) for h in (6, 2, 2)] for name, n in lens.items()}
+    wanted = {name: attend(*qkv, window) for name, qkv in full.items()}
+    done = dict.fromkeys(lens, 0)
+    for step in ({"a": 6, "b": 0}, {"b": 8, "a": 7}, {"a": 4, "b": 1}):
+        batch, spans = kv.batch(list(step), list(step.values())), [(r, done[r], done[r] + n) for r, n in step.items()]
+        rows = core.rows(batch)
+        assert tuple(rows.tolist()) == kv.own(batch)
+        q, k, v = (torch.cat([full[r][i][a:b] for r, a, b in spans])[rows] for i in range(3))
+        kv.append_own(0, k, v, batch)
+        old = [
+            torch.cat([x[:n] for x, n in zip(shares, kv.context(batch), strict=True)]) for shares in of_each(kv, step)
+        ]
+        cached = CachedKV.placed(*old, [done[r] for r in step], striping.ranks, "striped", interleave=2)
+        out = core(q, k, v, batch, cached)
+        torch.testing.assert_close(out, torch.cat([wanted[r][a:b] for r, a, b in spans])[rows], rtol=1e-11, atol=1e-12)
+        done.update({r: b for r, _, b in spans})
+
+
+def of_each(kv: StripedKV, requests: Iterable[str]) -> list[tuple[Tensor, ...]]:
+    """This rank's keys of each request, and its values."""
+    return list(zip(*(kv.gather(0, [request]) for request in requests), strict=True))
+
+
+def test_chunks_of_prompts_over_a_striped_cache() -> None:
+    run_mesh((1, 3), chunked, "kv")
+    run_mesh((1, 2), chunked, "q")
 
 
 def low_precision(mesh: comm.DeviceMesh, dtype: torch.dtype) -> None:

@@ -9,7 +9,7 @@ from seqpar.plan.costs import Curve, LayerCosts, SlotCosts
 from seqpar.plan.hardware import MACHINES, Accelerator, Fabric, Machine
 from seqpar.plan.overlap import Candidate, OverlapChoice, overlap
 from seqpar.plan.prefill import ModelShape, prefill_costs
-from seqpar.plan.ring import ring_volumes
+from seqpar.plan.ring import RingCase, RingCosts, ring_costs, ring_method, ring_seconds, ring_volumes
 from seqpar.plan.schedule import Schedule, Slot, bound, makespan, repeated_makespan
 from seqpar.plan.shift import ShiftChoice, StepCosts, shift
 from seqpar.plan.steps import StepWork, step_costs, step_seconds
@@ -25,6 +25,8 @@ __all__ = [
     "Machine",
     "ModelShape",
     "OverlapChoice",
+    "RingCase",
+    "RingCosts",
     "Schedule",
     "ShiftChoice",
     "Slot",
@@ -41,6 +43,9 @@ __all__ = [
     "overlap",
     "prefill_costs",
     "repeated_makespan",
+    "ring_costs",
+    "ring_method",
+    "ring_seconds",
     "ring_volumes",
     "shift",
     "step_costs",
