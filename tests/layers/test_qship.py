@@ -166,7 +166,8 @@ def drafts(mesh: comm.DeviceMesh, case: Case) -> None:
         new, expected = history.add(q_lens)
         batch = kv.batch(range(3), q_lens)
         tokens = slice(*even_ranges(batch.num_tokens, core.heads.sp)[groups.sp.rank()])
-        out = core(pack(core.heads, groups.tp.rank(), *(x[tokens] for x in new)), batch, kv=kv)
+        with torch.inference_mode(), comm.check():
+            out = core(pack(core.heads, groups.tp.rank(), *(x[tokens] for x in new)), batch, kv=kv)
         torch.testing.assert_close(out, expected[tokens, slice(*core.q_shard)].flatten(1), **EXACT)
         request, other = choose.sample(range(3), 2)
         keep = max(0, kv.length(request) - choose.randrange(4))

@@ -248,6 +248,7 @@ class UlyssesAttention(nn.Module):
         self._check_cache(qkv, batch, kv)
 
     def _check_cache(self, qkv: Tensor, batch: RaggedBatch, kv: PagedKV | None) -> None:
+        """Refuse a cache, or the lack of one, that does not fit the step."""
         prefixed = batch.kv_lens != batch.q_lens
         if kv is None:
             if prefixed:
