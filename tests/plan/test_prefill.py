@@ -158,12 +158,18 @@ def test_tokenweave_is_predicted(paper: Any) -> None:
 
 
 def test_the_page_is_what_the_command_writes(paper: Any) -> None:
-    """One machine of four is worked out anew. The grid's means lie within 5 points of what ISO published."""
+    """The grid's means lie within 5 points of what ISO published."""
     page = (ROOT / "docs/results/paper-overlap.md").read_text()
     assert paper.tokenweave_markdown(paper.tokenweave_rows()) in page
-    assert paper.machine_markdown("a800-x4", paper.iso_cells(["a800-x4"])) in page
     cells = json.loads((ROOT / "docs/results/paper-overlap.json").read_text())["iso"]
     assert paper.iso_markdown(cells) in page
     for _, published, mean, halves, auto in paper.iso_summary(cells):
         assert abs(mean - published) <= 5 and abs(statistics.fmean(auto) - published) <= 5
         assert all(a >= h - 0.2 for a, h in zip(auto, halves, strict=True))
+
+
+@pytest.mark.slow
+def test_the_grid_is_what_the_command_works_out(paper: Any) -> None:
+    """One machine of four."""
+    page = (ROOT / "docs/results/paper-overlap.md").read_text()
+    assert paper.machine_markdown("a800-x4", paper.iso_cells(["a800-x4"])) in page
