@@ -29,15 +29,20 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-__all__ = ["LAYOUTS", "RankError", "poison", "run_mesh", "run_ranks", "stop_pools"]
+import pytest
+
+__all__ = ["LAYOUTS", "SMALL", "RankError", "poison", "run_mesh", "run_ranks", "stop_pools", "thinned"]
 
 LAYOUTS = tuple((tp, sp) for tp in (1, 2, 3, 4) for sp in (1, 2, 3, 4) if tp * sp <= 4)
 """Every tp x sp of up to four ranks."""
+
+SMALL = ((1, 1), (1, 2), (2, 1), (2, 2))
+"""Those that every test of layouts should run."""
 
 GRACE_S = 2.0
 """How long the other ranks may take to report after a first one failed."""
@@ -50,6 +55,11 @@ class RankError(AssertionError):
         self.failures = failures
         reports = [f"--- rank {rank} ---\n{report.rstrip()}" for rank, report in failures.items()]
         super().__init__("\n".join([f"{what}: rank {', '.join(map(str, failures))} failed", *reports]))
+
+
+def thinned(values: Iterable[Any], keep: Callable[[Any], bool]) -> list[Any]:
+    """Parameters of a test, those that `keep` does not hold for in the slow suite only."""
+    return [pytest.param(value, marks=() if keep(value) else pytest.mark.slow) for value in values]
 
 
 def run_ranks(

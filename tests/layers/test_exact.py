@@ -17,7 +17,7 @@ from seqpar.layers import ParallelDecoderLayer
 from seqpar.partition import HeadMap, even_ranges, even_split
 from seqpar.ragged import RaggedBatch
 from tests.layers.reference import DecoderLayer, name_of, rope
-from tests.ranks import run_mesh
+from tests.ranks import SMALL, run_mesh, thinned
 
 DIM, LAYERS, HIDDEN = 64, 3, 96
 LAYOUTS = [(1, 1), (2, 1), (1, 2), (3, 1), (2, 2), (1, 4), (4, 1)]
@@ -129,7 +129,7 @@ def random_chunks(mesh: comm.DeviceMesh, dtype: torch.dtype, seed: int) -> None:
         assert counts[2] == 2 * stack.per_batch() + sum(extras[0])
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=name_of)
+@pytest.mark.parametrize("layout", thinned(LAYOUTS, SMALL.__contains__), ids=name_of)
 def test_interleaved_chunks_are_the_chunks_in_turn(layout: tuple[int, int]) -> None:
     for seed, dtype in enumerate([*DTYPES.values(), torch.float64, torch.float64]):
         run_mesh(layout, random_chunks, dtype, 10 * sum(layout) + seed)

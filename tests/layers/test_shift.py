@@ -276,7 +276,19 @@ MIXED: Steps = (((9, 0, 5), 0), ((3, 1, 1), 1), ((1, 7, 0), 2), ((1, 1, 1), 0), 
 """Prompts; a chunk of one and decodes; a decode and a prompt; decodes; a single token."""
 
 
-@pytest.mark.parametrize(("p", "model"), [(p, m) for p, models in CASES.items() for m in models], ids=str)
+def is_quick(p: int, model: Model) -> bool:
+    return p < 6 or model.num_heads in (12, 28)
+
+
+@pytest.mark.parametrize(
+    ("p", "model"),
+    [
+        pytest.param(p, model, marks=() if is_quick(p, model) else pytest.mark.slow)
+        for p, models in CASES.items()
+        for model in models
+    ],
+    ids=str,
+)
 def test_any_layout_serves_any_step(p: int, model: Model) -> None:
     @settings(max_examples=3 if p < 4 else 2)
     @example(steps=MIXED)

@@ -15,7 +15,7 @@ from seqpar.partition import HeadMap, even_ranges
 from seqpar.ragged import RaggedBatch
 from tests.kernels.own_errors import own_errors
 from tests.layers.reference import DecoderLayer, name_of, rope
-from tests.ranks import LAYOUTS, run_mesh
+from tests.ranks import LAYOUTS, SMALL, run_mesh, thinned
 
 HEAD_DIM, PAGE = 6, 4
 STEPS = ((5, 0, 3), (2, 4, 1), (1, 1, 1))  # new tokens of three requests: prompts, chunks after a prefix, decodes
@@ -64,7 +64,7 @@ def cached(mesh: comm.DeviceMesh, window: int | None, sequence_sharded: bool) ->
             assert torch.equal(ours.flatten(0, 1)[written], theirs.flatten(0, 1)[written])
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=name_of)
+@pytest.mark.parametrize("layout", thinned(LAYOUTS, SMALL.__contains__), ids=name_of)
 def test_rows_and_cache_are_those_of_the_whole_batch(layout: tuple[int, int]) -> None:
     run_mesh(layout, cached, None, layout[0] > 1)
     run_mesh(layout, cached, 3, False)

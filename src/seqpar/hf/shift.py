@@ -30,7 +30,7 @@ class AutoShift:
     Args:
         costs: measured earlier; then nothing is measured.
         file: where measured costs are kept: read if it is there, written by rank 0 once they have been measured.
-        tokens: sizes of steps to measure, increasing.
+        tokens: sizes of steps to measure, increasing; times go by steps where kernels change, so few would not do.
 
     Attributes:
         choice: the decision; None until it has been taken.
@@ -44,7 +44,7 @@ class AutoShift:
         *,
         costs: StepCosts | None = None,
         file: str | PathLike[str] | None = None,
-        tokens: Sequence[int] = (1, 8, 64, 256, 1024, 4096),
+        tokens: Sequence[int] = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096),
     ) -> None:
         if costs is not None and file is not None:
             raise ValueError("`costs` must be given alone or left out for those of `file`, got both")

@@ -123,7 +123,7 @@ def calibrate_layouts(
     layouts: Sequence[Layout],
     group: ProcessGroup,
     num_layers: int,
-    tokens: Sequence[int] = (1, 8, 64, 256, 1024, 4096),
+    tokens: Sequence[int] = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096),
     rounds: int = 3,
     progress: Progress | None = None,
 ) -> StepCosts:
