@@ -96,7 +96,8 @@ class StepGraphs:
 
         Raises:
             TypeError, ValueError: inputs that are not like those announced; parameters that have moved since the
-                recording; a step that returns no row for each row.
+                recording; a step that returns no row for each row. Each rank raises for itself, since a replay waits
+                for no other: where only some ranks do, the rest wait until their group's timeout.
         """
         num_tokens = self._check(inputs)
         key = self.keys.key_of(layout, num_tokens)
