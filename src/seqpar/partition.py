@@ -12,7 +12,7 @@ Source: the SP-fastest order is the transpose of Shift Parallelism's device grid
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby, pairwise
@@ -39,6 +39,7 @@ __all__ = [
     "block_ranges",
     "even_ranges",
     "even_split",
+    "layout_names",
     "piece_ranges",
     "place_tokens",
     "ring_peers",
@@ -115,6 +116,15 @@ class HeadPart(NamedTuple):
 
     q: Range
     kv: Range
+
+
+def layout_names(layouts: Iterable[Layout]) -> str:
+    """Layouts for people, in a message.
+
+    >>> layout_names(Layout(2, 2).reachable)
+    '(2, 2), (4, 1)'
+    """
+    return ", ".join(str(tuple(layout)) for layout in layouts)
 
 
 def even_split(total: int, parts: int) -> tuple[int, ...]:

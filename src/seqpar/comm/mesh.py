@@ -16,7 +16,7 @@ from torch._C._distributed_c10d import HashStore
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
-from seqpar.partition import Layout
+from seqpar.partition import Layout, layout_names
 
 __all__ = ["Groups", "describe", "groups", "init_mesh", "is_deterministic", "layout_groups"]
 
@@ -118,7 +118,7 @@ def layout_groups(base: Groups, layouts: Sequence[Layout] | None = None) -> dict
     if unreachable:
         raise ValueError(
             f"`layouts` must be reachable from the stored {tuple(base.layout)}, got {unreachable[0]}; "
-            f"reachable are {', '.join(str(tuple(layout)) for layout in base.layout.reachable)}"
+            f"reachable are {layout_names(base.layout.reachable)}"
         )
     flat = dist.get_process_group_ranks(base.flat)
     made = {tuple(dist.get_process_group_ranks(group)): group for group in (base.tp, base.sp, base.flat)}

@@ -15,7 +15,7 @@ from seqpar import comm
 from seqpar.comm import ProcessGroup
 from seqpar.hf.agreed import agreed
 from seqpar.hf.auto import called_whole, typical_layers
-from seqpar.partition import Layout
+from seqpar.partition import Layout, layout_names
 from seqpar.plan import ShiftChoice, StepCosts, calibrate_layouts, shift
 
 __all__ = ["AutoShift"]
@@ -81,7 +81,7 @@ class AutoShift:
         chosen = self.choice.layout_of(num_tokens)
         if chosen not in layouts:
             raise ValueError(
-                f"`costs` must be of the layouts {', '.join(str(tuple(layout)) for layout in layouts)}, got some of "
+                f"`costs` must be of the layouts {layout_names(layouts)}, got some of "
                 f"{tuple(chosen)}; measure them on these ranks"
             )
         return chosen

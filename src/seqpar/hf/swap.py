@@ -38,7 +38,7 @@ from seqpar.layers import (
     name_modules,
     sync_gradients,
 )
-from seqpar.partition import HeadMap, Interleave, Layout, Shift, ThreePhase
+from seqpar.partition import HeadMap, Interleave, Layout, Shift, ThreePhase, layout_names
 
 __all__ = ["LoadReport", "MemoryReport", "Parallelized", "build", "parallelize"]
 
@@ -354,7 +354,7 @@ def _shift(shift: Any, stored: Layout) -> Shift | AutoShift | None:
         if not stored.reaches(layout):
             raise ValueError(
                 f"`shift` must have layouts that are reachable from the stored {tuple(stored)}, got {tuple(layout)}; "
-                f"reachable are {', '.join(str(tuple(other)) for other in stored.reachable)}"
+                f"reachable are {layout_names(stored.reachable)}"
             )
     return shift
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from seqpar import comm
 from seqpar.comm import Groups, ProcessGroup
-from seqpar.partition import Layout, Piece, Range
+from seqpar.partition import Layout, Piece, Range, layout_names
 
 __all__ = ["ShardedModule", "Source", "gather_state_dict", "iter_sources", "name_modules", "sync_gradients"]
 
@@ -298,10 +298,9 @@ def check_view(stored: Layout, rank: int, layout: Layout, group: ProcessGroup) -
     """
     factor = layout.tp // stored.tp
     if not stored.reaches(layout) or group.size() != layout.tp or group.rank() // factor != rank:
-        reachable = ", ".join(str(tuple(other)) for other in stored.reachable)
         raise ValueError(
             f"`layout` must split the stored shard ({stored}, tp rank {rank}) further, got {layout} with group rank "
-            f"{group.rank()} of {group.size()}; reachable are {reachable}"
+            f"{group.rank()} of {group.size()}; reachable are {layout_names(stored.reachable)}"
         )
 
 
@@ -332,7 +331,7 @@ def find_layout(known: Mapping[Any, Found], layout: Layout | None) -> Found:
     try:
         return known[layout]
     except KeyError:
-        added = ", ".join(str(tuple(other)) for other in known if other is not None)
+        added = layout_names(other for other in known if other is not None)
         raise ValueError(f"`layout` must be one of {added}, got {layout}; see add_layout") from None
 
 

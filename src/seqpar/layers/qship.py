@@ -41,7 +41,7 @@ from seqpar.kv import PagedKV, StripedKV
 from seqpar.layers.base import find_layout
 from seqpar.layers.heads import HeadParameter
 from seqpar.layers.ulysses import UlyssesAttention
-from seqpar.partition import HeadMap, Layout, Range, even_ranges
+from seqpar.partition import HeadMap, Layout, Range, even_ranges, layout_names
 from seqpar.ragged import RaggedBatch, Tail
 
 __all__ = ["QShipDecodeAttention"]
@@ -149,10 +149,9 @@ class QShipDecodeAttention(UlyssesAttention):
         super().add_layout(layout, group=group)
         if not self.heads.layout.reaches(layout):
             del self.exchanges[layout]
-            reachable = ", ".join(str(tuple(other)) for other in self.heads.layout.reachable)
             raise ValueError(
                 f"`layout` must keep the tokens of a step within the group that holds its context, got {layout}; "
-                f"layouts that do are {reachable}"
+                f"layouts that do are {layout_names(self.heads.layout.reachable)}"
             )
         self.blocks[layout] = self._blocks(layout)
 

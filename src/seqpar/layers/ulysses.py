@@ -29,7 +29,7 @@ from seqpar.kernels.quantize import Wire, check_wire
 from seqpar.kv import PagedKV, StripedKV
 from seqpar.layers.base import drop_child_names, find_layout
 from seqpar.layers.heads import HeadParameter
-from seqpar.partition import HeadMap, Layout, Range, even_ranges, even_split
+from seqpar.partition import HeadMap, Layout, Range, even_ranges, even_split, layout_names
 from seqpar.ragged import RaggedBatch, Tail
 
 __all__ = ["UlyssesAttention"]
@@ -113,7 +113,7 @@ class UlyssesAttention(nn.Module):
             raise ValueError(
                 f"`layout` must place flat rank {self.rank} of {self.heads.size} at rank {group.rank()} of a group of "
                 f"{group.size()}, got {layout}; layouts of these ranks are "
-                f"{', '.join(str(tuple(other)) for other in Layout(1, self.heads.size).reachable)}"
+                f"{layout_names(Layout(1, self.heads.size).reachable)}"
             )
         self.exchanges[layout] = self._exchange(self.heads.on(layout), group, self.rank // layout.sp)
 
