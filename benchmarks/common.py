@@ -216,10 +216,12 @@ def ratio(ours: Timing, theirs: Timing, *, draws: int = 2000) -> Ratio:
     return Ratio(statistics.median(paired), medians[int(0.025 * draws)], medians[int(0.975 * draws)])
 
 
-def report(args: argparse.Namespace, about: dict[str, Any], rows: Sequence[Row], title: str) -> None:
-    """Print the table; write the files that were asked for."""
+def report(
+    args: argparse.Namespace, about: dict[str, Any], rows: Sequence[Row], title: str, tables: str | None = None
+) -> None:
+    """Print the rows; write the files that were asked for, the page with `tables` if they are other than the rows."""
     print(f"{title}\n{about['machine']}, {about['date']}, torch {about['versions'].get('torch')}")
-    width = max(len(row.name) for row in rows)
+    width = max((len(row.name) for row in rows), default=0)
     for row in rows:
         interval = f"[{row.interval[0]:.2f}, {row.interval[1]:.2f}]" if row.interval else ""
         target = f"target {row.target:g} {'met' if row.ok else 'MISSED'}" if row.target is not None else ""
@@ -227,15 +229,18 @@ def report(args: argparse.Namespace, about: dict[str, Any], rows: Sequence[Row],
     if args.json:
         args.json.write_text(json.dumps({"meta": about, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
     if args.markdown:
-        _fill_in(args.markdown, _table(about, rows))
+        _fill_in(args.markdown, "\n".join((*_place(about), tables or _table(rows))))
     if args.plot:
         _plot(args.plot, [row for row in rows if row.interval], f"{title}\n{about['machine']}, {about['date']}")
 
 
-def _table(about: dict[str, Any], rows: Sequence[Row]) -> str:
+def _place(about: dict[str, Any]) -> tuple[str, str]:
     versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items() if number)
-    lines = [f"{about['machine']}, {about['date']}; {versions}.", ""]
-    lines += ["| | value | 95 % interval | target | |", "|---|---:|:---:|---:|---|"]
+    return f"{about['machine']}, {about['date']}; {versions}.", ""
+
+
+def _table(rows: Sequence[Row]) -> str:
+    lines = ["| | value | 95 % interval | target | |", "|---|---:|:---:|---:|---|"]
     for row in rows:
         interval = f"{row.interval[0]:.2f} to {row.interval[1]:.2f}" if row.interval else ""
         target = "" if row.target is None else f"{row.target:g}"

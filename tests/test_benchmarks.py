@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -218,3 +219,98 @@ def test_a_replayed_step_waits_for_its_link(shift) -> None:
 
     step = shift.Step([[1.0, 2.0, 3.0], [1.0, 9.0, 3.0], [1.0, 2.0, 0.0]], [100, 200], [])
     assert step.seconds(slice(None), SimulatedLink(0.0, 100.0)) == pytest.approx(9.0)
+
+
+@pytest.fixture
+def csa(common, monkeypatch: pytest.MonkeyPatch):
+    import csa
+
+    return csa
+
+
+def test_the_dense_exchange_by_hand(csa) -> None:
+    """Two tokens a rank: six, four, two and none travel, K and V of 2 heads of 3 in 2 bytes; then 2, 1, 1, 1 tokens."""
+    assert csa.dense_bytes(8, kv_heads=2, head_dim=3) == (6 + 4 + 2) * 2 * 2 * 3 * 2
+    assert csa.dense_bytes(5, kv_heads=1, head_dim=1) == (6 + 2 + 1) * 2 * 2
+
+
+def test_a_reading_is_judged_by_hand(csa) -> None:
+    """Six tokens, the ones at 3 and 5 asked for, 2 and 3 no source; the last token has nothing to say."""
+    import torch
+    from reading import Read, Text
+
+    ids = torch.tensor([0, 1, 2, 3, 1, 2])
+    source = torch.tensor([True, True, False, False, True, True])
+    text = Text(ids, torch.tensor([0, 0, 0, 8, 0, 32]), (8, 16, 32), source, ids[:0], ids[:0])
+    said = torch.tensor([1, 0, 3, 1, 0, 0])  # wrong about 2 and about 5, that is at 1 and 4
+    logits = torch.full((6, 4), 0.0).scatter_(1, said[:, None], math.log(3))  # 1/2, else 1/6
+    dense = Read(torch.arange(6), torch.zeros(6, 4), [])
+    found = csa.judge(Read(torch.arange(6), logits, []), dense, text)
+    kl, loss, count, same, *retrieval = found.tolist()
+    two, four, six = map(math.log, (2, 4, 6))
+    assert kl == pytest.approx(5 * (two / 4 + 3 * six / 4 - four))
+    assert (loss, count) == (pytest.approx(2 * two + six), 3)  # source: 1 and 4, said; 5, not said
+    assert same == 2  # of all equal logits the first is the likeliest: token 0, at 1 and 4
+    assert retrieval == [1, 0, 0, 1, 0, 1]
+    assert csa.judge(dense, dense, text)[0] == 0
+
+
+def test_tokens_of_retrieval_lines_are_no_source(csa) -> None:
+    import torch
+    from reading import lines_from
+
+    ids = torch.tensor([5, 8, 1, 1, 1, 5, 5, 9, 1, 1])
+    assert lines_from(ids, (8, 9)).tolist() == [0, 1, 1, 1, 1, 0, 0, 1, 1, 1]
+
+
+def test_targets_of_sparse_attention(csa) -> None:
+    """Bytes of 0.4, 0.5 and 0.9 on three heads miss the median of 0.45; one query is worse than it was promised."""
+    certified = csa.Method("Certified(0.03)", "Certified", object(), 0.03)
+    masses = [csa.Method(f"TopMass({c})", "TopMass", object()) for c in (0.5, 0.9)]
+    chosen = [csa.Method("dense", "dense", None), *masses, certified]
+
+    def case(ratio: float, broken: int) -> object:
+        return csa.Case(4096, 0, 0, 0, certified.name, ratio, 0.02, 0.01, 0.001, 0.01, 0.029, broken, 3)
+
+    def reading(method: str, ratio: float, hits: int) -> object:
+        return csa.Reading(4096, method, ratio, 0.0, 1.0, 1.0, {32: (hits, 100), 64: (100, 100)}, (1, 2))
+
+    readings = [reading("dense", 1.0, 100), reading("TopMass(0.5)", 0.2, 97), reading("TopMass(0.9)", 0.3, 100)]
+    summaries = [csa.summary_of([case(1.0, 0)._replace(method=r.method, certificate=None)], r) for r in readings]
+    cases = [case(ratio, broken) for ratio, broken in ((0.4, 0), (0.9, 1), (0.5, 0))]
+    summaries.append(csa.summary_of(cases, reading(certified.name, 0.6, 100)))
+    rows = {row.name.removeprefix("4096 tokens, "): row for row in csa.rows_of(summaries, chosen)}
+    median = rows["Certified(0.03): bytes ÷ dense, median of layers and heads"]
+    assert (median.value, median.target, median.ok) == (0.5, 0.45, False)
+    assert rows["Certified(0.03): the same, 90th percentile"].value == pytest.approx(0.82)
+    assert not rows["Certified(0.03): queries with an error above their certificate"].ok
+    assert rows["Certified(0.03): largest certificate ÷ max |v|"].ok
+    mass = rows["TopMass(0.5) at 20 % of the bytes: retrieval lost"]  # the other one sends too much
+    assert (mass.value, mass.ok) == (pytest.approx(1.5), False)
+
+
+def sparse(script: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, script, "--quick"], capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.slow
+def test_sparse_attention_is_measured_whole(tmp_path: Path) -> None:
+    ran = sparse(BENCHMARKS / "csa.py")
+    assert ran.returncode == 0, ran.stderr
+    assert "### 512 tokens" in ran.stdout and "| dense | 1.000 | 1.000 | 1.000 |" in ran.stdout
+
+
+@pytest.mark.slow
+def test_sparse_attention_prints_nothing_over_a_wrong_exchange(tmp_path: Path) -> None:
+    script = tmp_path / "benchmarks" / "csa.py"
+    script.parent.mkdir()
+    right = (BENCHMARKS / "csa.py").read_text()
+    wrong = right.replace("* kv_heads * head_dim * 2 * 2", "* kv_heads * head_dim * 2")
+    assert wrong != right
+    script.write_text(wrong)
+    for name in ("common.py", "reading.py"):
+        (script.parent / name).write_text((BENCHMARKS / name).read_text())
+    (tmp_path / "examples").symlink_to(BENCHMARKS.parent / "examples")
+    ran = sparse(script)
+    assert ran.returncode == 1 and not ran.stdout
+    assert "WRONG RESULT" in ran.stderr and "bytes, the dense exchange is" in ran.stderr
