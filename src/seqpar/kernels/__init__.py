@@ -8,11 +8,13 @@ from seqpar.kernels.linear import linear, linear_backend
 from seqpar.kernels.merge import add_sinks, merge
 from seqpar.kernels.rms_norm import rms_norm
 from seqpar.kernels.rotary import RopeConfig, rope_table, rotary
+from seqpar.kernels.sparse import BlockLists, sparse_attention
 from seqpar.kernels.swiglu import swiglu
 from seqpar.kernels.tile import tile_attention, tile_gradients
 
 __all__ = [
     "Backend",
+    "BlockLists",
     "RopeConfig",
     "add_sinks",
     "attention",
@@ -29,6 +31,7 @@ __all__ = [
     "rotary",
     "route",
     "sort_by_expert",
+    "sparse_attention",
     "swiglu",
     "tile_attention",
     "tile_gradients",

@@ -12,6 +12,7 @@ from seqpar.layers.base import (
     name_modules,
     sync_gradients,
 )
+from seqpar.layers.csa import CSAAttention, CSAResult, Policy, Strided
 from seqpar.layers.decoder import ParallelAttention, ParallelDecoderLayer
 from seqpar.layers.embedding import ParallelLMHead, VocabParallelEmbedding, gather_rows, gather_rows_steps
 from seqpar.layers.heads import HeadParameter
@@ -40,6 +41,8 @@ from seqpar.layers.threephase import PipelinedUlysses
 from seqpar.layers.ulysses import UlyssesAttention
 
 __all__ = [
+    "CSAAttention",
+    "CSAResult",
     "CachedKV",
     "ColumnParallelLinear",
     "ExpertPlacement",
@@ -53,6 +56,7 @@ __all__ = [
     "ParallelMLP",
     "ParallelMoE",
     "PipelinedUlysses",
+    "Policy",
     "QKVParallelLinear",
     "QShipDecodeAttention",
     "RMSNorm",
@@ -61,6 +65,7 @@ __all__ = [
     "Shard",
     "ShardedModule",
     "Source",
+    "Strided",
     "UlyssesAttention",
     "VocabParallelEmbedding",
     "gather_rows",

@@ -43,7 +43,7 @@ from seqpar.kernels import attention, merge, tile_attention, tile_gradients
 from seqpar.partition import HeadMap, Held, Placement, Range, RingOrder, Run, Tile, place_tokens, ring_peers
 from seqpar.ragged import RaggedBatch
 
-__all__ = ["CachedKV", "RingAttention"]
+__all__ = ["CachedKV", "PlacedAttention", "RingAttention"]
 
 T = TypeVar("T")
 Method = Literal["kv", "q"]
@@ -69,24 +69,10 @@ class CachedKV(NamedTuple):
         return cls(k, v, _over(lens, [0] * len(lens), ranks, placement, interleave))
 
 
-class RingAttention(nn.Module):
-    """Causal attention over a ragged batch whose tokens lie on the ranks of `group` by a placement.
+class PlacedAttention(nn.Module):
+    """What attention over tokens that lie on the ranks of a group by a placement has in common.
 
-    The group may have more ranks than there are heads.
-
-    Args:
-        heads: who owns which heads; the ring holds all of one tensor-parallel shard, so any sp will do.
-        head_dim: D.
-        group: the sequence ranks.
-        tp_rank: which tensor-parallel shard of the heads.
-        method: "kv" sends keys and values round, "q" queries.
-        placement: of the new tokens; see `partition.place_tokens`.
-        interleave: neighbours that lie together, of a striped placement.
-        window: visible keys including the query's own; None for all.
-        softmax_scale: factor of the scores; 1/sqrt(D) by default.
-
-    Raises:
-        ValueError: a method, placement, interleave, window or tp rank that is none.
+    Its arguments are those of `RingAttention` but the method, and so are its refusals.
     """
 
     label: str = ""
@@ -97,29 +83,25 @@ class RingAttention(nn.Module):
         head_dim: int,
         *,
         group: ProcessGroup,
-        tp_rank: int = 0,
-        method: Method = "kv",
-        placement: Placement = "zigzag",
-        interleave: int = 1,
-        window: int | None = None,
-        softmax_scale: float | None = None,
+        tp_rank: int,
+        placement: Placement,
+        interleave: int,
+        window: int | None,
+        softmax_scale: float | None,
     ) -> None:
         super().__init__()
-        if method not in ("kv", "q"):
-            raise ValueError(f'`method` must be "kv" or "q", got {method!r}')
         if window is not None and window < 1:
             raise ValueError(f"`window` must be at least 1 key or None, got {window}")
         if not 0 <= tp_rank < heads.tp:
             raise ValueError(f"`tp_rank` must lie in [0, {heads.tp}), got {tp_rank}")
         place_tokens(0, group.size(), placement, interleave=interleave)
         self.group, self.head_dim, self.window = group, head_dim, window
-        self.method: Method = method
         self.placement: Placement = placement
         self.interleave = interleave
         self.softmax_scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
-        q, kv = heads.q_shard(tp_rank), heads.kv_shard(tp_rank)
-        self.num_heads, self.num_kv_heads = q.size, kv.size
-        self.kv_head_of = tuple(head // heads.group_size - kv.start for head in range(*q))
+        self.q_shard, self.kv_shard = heads.q_shard(tp_rank), heads.kv_shard(tp_rank)
+        self.num_heads, self.num_kv_heads = self.q_shard.size, self.kv_shard.size
+        self.kv_head_of = tuple(head // heads.group_size - self.kv_shard.start for head in range(*self.q_shard))
 
     def rows(self, batch: RaggedBatch) -> Int64[Tensor, " t_local"]:
         """Which of the batch's tokens this rank holds, in the order in which the layer takes them."""
@@ -139,6 +121,76 @@ class RingAttention(nn.Module):
             batch.plans[key] = RingOrder(new, kv, self.window)
         order: RingOrder = batch.plans[key]
         return order
+
+    def _held(self, batch: RaggedBatch) -> Held:
+        firsts = [keys - new for keys, new in zip(batch.kv_lens, batch.q_lens, strict=True)]
+        return _over(batch.q_lens, firsts, self.group.size(), self.placement, self.interleave)
+
+    def _check(self, q: Tensor, k: Tensor, v: Tensor, batch: RaggedBatch, cached: CachedKV | None) -> None:
+        """Refuse what does not fit before the first collective."""
+        rank, own = self.group.rank(), self._held(batch)
+        wanted = _count(own[rank])
+        shapes = [(wanted, heads, self.head_dim) for heads in (self.num_heads, self.num_kv_heads, self.num_kv_heads)]
+        if [tuple(x.shape) for x in (q, k, v)] != shapes or not q.dtype == k.dtype == v.dtype:
+            raise ValueError(
+                f"`q`, `k`, `v` must be {', '.join(str(list(shape)) for shape in shapes)} (the tokens `rows(batch)`) "
+                f"in one dtype, got {', '.join(str(list(x.shape)) for x in (q, k, v))} in {q.dtype}, {k.dtype}, "
+                f"{v.dtype}"
+            )
+        lens = tuple(keys - new for keys, new in zip(batch.kv_lens, batch.q_lens, strict=True))
+        if cached is None:
+            if any(lens):
+                raise ValueError(f"`cached` must be given for a batch with cached tokens ({lens}), got None")
+            return
+        _check_cached(cached, lens, self.group, (self.num_kv_heads, self.head_dim), k.dtype)
+
+
+class RingAttention(PlacedAttention):
+    """Causal attention over a ragged batch whose tokens lie on the ranks of `group` by a placement.
+
+    The group may have more ranks than there are heads.
+
+    Args:
+        heads: who owns which heads; the ring holds all of one tensor-parallel shard, so any sp will do.
+        head_dim: D.
+        group: the sequence ranks.
+        tp_rank: which tensor-parallel shard of the heads.
+        method: "kv" sends keys and values round, "q" queries.
+        placement: of the new tokens; see `partition.place_tokens`.
+        interleave: neighbours that lie together, of a striped placement.
+        window: visible keys including the query's own; None for all.
+        softmax_scale: factor of the scores; 1/sqrt(D) by default.
+
+    Raises:
+        ValueError: a method, placement, interleave, window or tp rank that is none.
+    """
+
+    def __init__(
+        self,
+        heads: HeadMap,
+        head_dim: int,
+        *,
+        group: ProcessGroup,
+        tp_rank: int = 0,
+        method: Method = "kv",
+        placement: Placement = "zigzag",
+        interleave: int = 1,
+        window: int | None = None,
+        softmax_scale: float | None = None,
+    ) -> None:
+        if method not in ("kv", "q"):
+            raise ValueError(f'`method` must be "kv" or "q", got {method!r}')
+        super().__init__(
+            heads,
+            head_dim,
+            group=group,
+            tp_rank=tp_rank,
+            placement=placement,
+            interleave=interleave,
+            window=window,
+            softmax_scale=softmax_scale,
+        )
+        self.method: Method = method
 
     def steps(
         self,
@@ -193,33 +245,11 @@ class RingAttention(nn.Module):
         """
         return comm.run(self.steps(q, k, v, batch, cached))
 
-    def _held(self, batch: RaggedBatch) -> Held:
-        firsts = [keys - new for keys, new in zip(batch.kv_lens, batch.q_lens, strict=True)]
-        return _over(batch.q_lens, firsts, self.group.size(), self.placement, self.interleave)
-
-    def _check(self, q: Tensor, k: Tensor, v: Tensor, batch: RaggedBatch, cached: CachedKV | None) -> None:
-        """Refuse what does not fit before the first collective."""
-        rank, own = self.group.rank(), self._held(batch)
-        wanted = _count(own[rank])
-        shapes = [(wanted, heads, self.head_dim) for heads in (self.num_heads, self.num_kv_heads, self.num_kv_heads)]
-        if [tuple(x.shape) for x in (q, k, v)] != shapes or not q.dtype == k.dtype == v.dtype:
-            raise ValueError(
-                f"`q`, `k`, `v` must be {', '.join(str(list(shape)) for shape in shapes)} (the tokens `rows(batch)`) "
-                f"in one dtype, got {', '.join(str(list(x.shape)) for x in (q, k, v))} in {q.dtype}, {k.dtype}, "
-                f"{v.dtype}"
-            )
-        lens = tuple(keys - new for keys, new in zip(batch.kv_lens, batch.q_lens, strict=True))
-        if cached is None:
-            if any(lens):
-                raise ValueError(f"`cached` must be given for a batch with cached tokens ({lens}), got None")
-            return
-        _check_cached(cached, lens, self.group, (self.num_kv_heads, self.head_dim), k.dtype)
-
 
 class _Ring:
     """One step: its order, on this rank."""
 
-    def __init__(self, core: RingAttention, order: RingOrder, batch: RaggedBatch, dtype: torch.dtype) -> None:
+    def __init__(self, core: PlacedAttention, order: RingOrder, batch: RaggedBatch, dtype: torch.dtype) -> None:
         self.core, self.order, self.batch = core, order, batch
         self.rank, self.ranks, self.group = core.group.rank(), order.ranks, core.group
         self.dtype = dtype

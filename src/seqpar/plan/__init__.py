@@ -6,6 +6,7 @@ such as the cuts of a prompt, which a layer or `partition.Interleave` takes.
 
 from seqpar.plan.calibrate import calibrate, calibrate_layouts
 from seqpar.plan.costs import Curve, LayerCosts, SlotCosts
+from seqpar.plan.csa import strided_volumes
 from seqpar.plan.hardware import MACHINES, Accelerator, Fabric, Machine
 from seqpar.plan.overlap import Candidate, OverlapChoice, overlap
 from seqpar.plan.prefill import ModelShape, prefill_costs
@@ -50,4 +51,5 @@ __all__ = [
     "shift",
     "step_costs",
     "step_seconds",
+    "strided_volumes",
 ]
