@@ -15,7 +15,7 @@ from torch import Tensor
 
 from seqpar.kernels import attention
 from seqpar.kernels.attention.reference import request_keys
-from seqpar.kv import PagedKV
+from seqpar.kv import OutOfPages, PagedKV, SavedKV, compaction
 from seqpar.partition import Range
 from seqpar.ragged import RaggedBatch
 from tests.kernels.own_errors import own_errors
@@ -63,7 +63,13 @@ def check(kv: PagedKV, expected: dict[Hashable, list[int]]) -> None:
             kv.read(layer, promise(kv, request, len(tokens)))
             with pytest.raises(ValueError, match="must be read after its keys are appended"):
                 kv.read(layer, promise(kv, request, len(tokens) + 1))
-    assert kv.used_bytes == LAYERS * sum(map(len, expected.values())) * kv.token_bytes
+    stored = {p * kv.page_size + i % kv.page_size for r, p, i in places(kv)}
+    assert kv.used_bytes == LAYERS * len(stored) * kv.token_bytes
+
+
+def places(kv: PagedKV) -> list[tuple[Hashable, int, int]]:
+    """The request, page and index of every token."""
+    return [(r, kv.pages(r)[i // kv.page_size], i) for r in kv.ids for i in range(kv.length(r))]
 
 
 def snapshot(kv: PagedKV) -> object:
@@ -74,10 +80,11 @@ def snapshot(kv: PagedKV) -> object:
 
 ids = st.integers(0, 4)
 steps = st.dictionaries(ids, st.integers(0, 9), min_size=1, max_size=4)
+cut = st.integers(0, 2)
 
 
 class History(RuleBasedStateMachine):
-    """Random calls, mirrored in a dictionary."""
+    """Random calls, mirrored in a dictionary; what was shared, in a dictionary of what may be found."""
 
     @initialize(pages=st.integers(0, 8), page_size=st.integers(1, 5), contiguous=st.booleans())
     def start(self, pages: int, page_size: int, contiguous: bool) -> None:
@@ -85,45 +92,98 @@ class History(RuleBasedStateMachine):
         self.kv = make(LAYERS, pages, page_size, HEADS, DIM, dtype=torch.float64)
         self.expected: dict[Hashable, list[int]] = {}
         self.tokens = itertools.count()
+        self.flying: list[tuple[RaggedBatch, list[int]]] = []
 
-    def fits(self, lengths: dict[Hashable, int], freed: int = 0) -> bool:
-        """Whether requests of these lengths find room, counted from pages alone."""
-        need = {r: -(-length // self.kv.page_size) for r, length in lengths.items()}
-        limit = self.kv.pages_per_request
-        lacking = sum(max(0, n - (len(self.kv.pages(r)) if r in self.kv else 0)) for r, n in need.items())
-        return lacking <= self.kv.free_pages and (limit is None or max(need.values()) <= limit)
+    def wanted(self, news: dict[Hashable, int]) -> int | None:
+        """Free pages that a step takes, from the page tables alone; None where a request could never hold as many."""
+        kv, taken = self.kv, 0
+        tables = {r: list(kv.pages(r)) for r in kv.ids}
+        for r, new in news.items():
+            length, table = len(self.expected.get(r, [])), tables.setdefault(r, [])
+            if kv.pages_per_request is not None and -(-(length + new) // kv.page_size) > kv.pages_per_request:
+                return None
+            at = length // kv.page_size
+            if new and length % kv.page_size and sum(table[at] in other for other in tables.values()) > 1:
+                table[at], taken = -1 - taken, taken + 1
+            while len(table) * kv.page_size < length + new:
+                table, taken = [*table, -1 - taken], taken + 1
+        return taken
 
-    @rule(news=steps)
-    def append(self, news: dict[Hashable, int]) -> None:
-        fits = self.fits({r: len(self.expected.get(r, [])) + n for r, n in news.items()})
-        before = snapshot(self.kv)
-        tokens = {r: [next(self.tokens) for _ in range(n)] for r, n in news.items()}
-        if fits:
+    def draw(self, news: dict[Hashable, int], data: st.DataObject) -> dict[Hashable, list[int]]:
+        """Tokens for a step: new ones, or what another request has there, so that prefixes are found."""
+        drawn = {}
+        for r, count in news.items():
+            at, other = len(self.expected.get(r, [])), self.expected.get(data.draw(ids), [])
+            like = other[at : at + count] if data.draw(st.booleans()) else []
+            drawn[r] = [*like, *(next(self.tokens) for _ in range(count - len(like)))]
+        return drawn
+
+    @rule(news=steps, data=st.data())
+    def append(self, news: dict[Hashable, int], data: st.DataObject) -> None:
+        self.landed(*news)
+        wanted, before, free = self.wanted(news), snapshot(self.kv), self.kv.free_pages
+        tokens = self.draw(news, data)
+        if wanted is not None:
+            assert self.kv.wanted(news) == wanted
+        if wanted is not None and wanted <= free:
             batch = step(self.kv, tokens)
-            for r, new in tokens.items():
-                self.expected[r] = self.expected.get(r, []) + new
-            assert batch.kv_lens == tuple(len(self.expected[r]) for r in news)
+            assert self.kv.free_pages == free - wanted
+            self.count(batch, tokens)
         else:
-            with pytest.raises(ValueError, match="out of pages"):
+            with pytest.raises(ValueError if wanted is None else OutOfPages, match="out of pages"):
                 step(self.kv, tokens)
             assert snapshot(self.kv) == before
+
+    def count(self, batch: RaggedBatch, tokens: dict[Hashable, list[int]]) -> None:
+        for r, new in tokens.items():
+            self.expected[r] = self.expected.get(r, []) + new
+        assert batch.kv_lens == tuple(len(self.expected[r]) for r in tokens)
+        slots = batch.slots.tolist()
+        assert len(set(slots)) == len(slots)
+        written = {slot // self.kv.page_size for slot in slots}
+        assert written <= {page for page in range(self.kv.num_pages) if sum(page in t for t in self.tables()) == 1}
+
+    def tables(self) -> list[tuple[int, ...]]:
+        return [self.kv.pages(r) for r in self.kv.ids]
 
     @rule(news=steps)
     def reserve(self, news: dict[Hashable, int]) -> None:
         """Room found beforehand is room that a step then needs no free page for."""
-        if not self.fits({r: len(self.expected.get(r, [])) + n for r, n in news.items()}):
+        self.landed(*news)
+        wanted = self.wanted(news)
+        if wanted is None or wanted > self.kv.free_pages:
             return
         self.kv.reserve(news)
         left = self.kv.free_pages
         tokens = {r: [next(self.tokens) for _ in range(n)] for r, n in news.items()}
-        step(self.kv, tokens)
+        self.count(step(self.kv, tokens), tokens)
         assert self.kv.free_pages == left
-        for r, new in tokens.items():
-            self.expected[r] = self.expected.get(r, []) + new
+
+    @rule(request=ids, count=st.integers(1, 3))
+    def launch(self, request: int, count: int) -> None:
+        """A step that is written later; until then nobody may read the request, so that the check leaves it out."""
+        wanted = self.wanted({request: count})
+        if wanted is None or wanted > self.kv.free_pages or request in (r for b, _ in self.flying for r in b.requests):
+            return
+        tokens = [next(self.tokens) for _ in range(count)]
+        self.flying.append((self.kv.batch([request], [count]), tokens))
+        self.expected[request] = self.expected.get(request, []) + tokens
+
+    def landed(self, *requests: Hashable) -> None:
+        """Write the steps in flight of these requests, which are to change; by default of all."""
+        for batch, tokens in [each for each in self.flying if not requests or each[0].requests[0] in requests]:
+            for layer in range(LAYERS):
+                self.kv.append(layer, rows(tokens, layer), -rows(tokens, layer), batch)
+            self.flying = [each for each in self.flying if each[0] is not batch]
+
+    @rule()
+    def land(self) -> None:
+        self.landed()
 
     @rule(request=ids)
     def free(self, request: int) -> None:
         if request in self.expected:
+            self.landed(request)
             self.kv.free(request)
             del self.expected[request]
         else:
@@ -133,6 +193,7 @@ class History(RuleBasedStateMachine):
     @rule(request=ids, data=st.data())
     def truncate(self, request: int, data: st.DataObject) -> None:
         if request in self.expected:
+            self.landed(request)
             length = data.draw(st.integers(0, len(self.expected[request])))
             self.kv.truncate(request, length)
             self.expected[request] = self.expected[request][:length]
@@ -140,31 +201,83 @@ class History(RuleBasedStateMachine):
 
     @rule(data=st.data())
     def select(self, data: st.DataObject) -> None:
+        """It takes no page, and gives back those that nobody holds any more."""
         if not self.expected:
             return
         sources = data.draw(st.dictionaries(ids, st.sampled_from(sorted(self.expected, key=str))))
-        before = snapshot(self.kv)
-        try:
-            self.kv.select(sources)
-        except ValueError as error:
-            assert "out of pages: the copies must fit" in str(error)
-            assert snapshot(self.kv) == before
-            assert sum(-(-len(tokens) // self.kv.page_size) for tokens in self.selected(sources).values()) > (
-                self.kv.num_pages - self.spare()
-            )
+        self.landed()
+        tables = {r: self.kv.pages(r) for r in self.kv.ids}
+        self.kv.select(sources)
+        self.expected |= {new: list(self.expected[old]) for new, old in sources.items()}
+        for new, old in sources.items():
+            keep = -(-len(self.expected[new]) // self.kv.page_size)
+            assert self.kv.pages(new) == (tables[old][:keep] if new != old else tables[old])
+
+    @rule(request=ids, new=ids)
+    def fork(self, request: int, new: int) -> None:
+        if request in self.expected and new not in self.expected:
+            self.landed(request)
+            free = self.kv.free_pages
+            self.kv.fork(request, new)
+            self.expected[new] = list(self.expected[request])
+            assert self.kv.free_pages == free
         else:
-            self.expected = self.selected(sources)
+            with pytest.raises(ValueError, match="must not be held yet" if new in self.expected else "must be held"):
+                self.kv.fork(request, new)
 
-    def selected(self, sources: dict[Hashable, Hashable]) -> dict[Hashable, list[int]]:
-        return {**self.expected, **{new: list(self.expected[old]) for new, old in sources.items()}}
+    @rule(request=ids, extra=st.lists(st.just(-1), max_size=3))
+    def share(self, request: int, extra: list[int]) -> None:
+        if request in self.expected:
+            self.kv.share(request, [*self.expected[request], *extra])
+            there = len(self.expected[request]) - sum(len(t) for b, t in self.flying if b.requests == (request,))
+            full = there // self.kv.page_size * self.kv.page_size
+            assert self.kv.reusable([*self.expected[request][:there], -1]) == full
 
-    def spare(self) -> int:
-        """Pages reserved beyond the tokens held; a selection keeps them."""
-        return sum(len(self.kv.pages(r)) - -(-len(tokens) // self.kv.page_size) for r, tokens in self.expected.items())
+    @rule(request=ids, other=ids, data=st.data())
+    def reuse(self, request: int, other: int, data: st.DataObject) -> None:
+        """Whatever is found is right, which the invariant sees; and it is whole pages, but for the last token."""
+        like = self.expected.get(other, [])
+        tokens = [*like[: data.draw(st.integers(0, len(like)))], *(next(self.tokens) for _ in range(data.draw(cut)))]
+        if request in self.expected:
+            with pytest.raises(ValueError, match=f"`request` must not be held yet, got {request}"):
+                self.kv.reuse(request, tokens)
+            return
+        found = self.kv.reusable(tokens)
+        assert self.kv.reuse(request, tokens) == found == self.kv.length(request) <= max(0, len(tokens) - 1)
+        assert found % self.kv.page_size == 0 or found == len(tokens) - 1
+        self.expected[request] = tokens[:found]
+
+    @rule(request=ids, new=ids)
+    def save_and_restore(self, request: int, new: int) -> None:
+        """To the host and back, under another name and in other pages."""
+        if request not in self.expected:
+            return
+        self.landed(request)
+        saved = SavedKV.of(self.kv, request)
+        if new in self.expected and new != request:
+            with pytest.raises(ValueError, match="`request` must not be held yet"):
+                saved.restore(self.kv, new)
+            return
+        self.kv.free(request)
+        tokens = self.expected.pop(request)
+        if -(-len(tokens) // self.kv.page_size) <= self.kv.free_pages:
+            saved.restore(self.kv, new)
+            self.expected[new] = tokens
+
+    @rule(strategy=st.sampled_from(["none", "tail", "window", "stable"]))
+    def compact(self, strategy: compaction.Strategy) -> None:
+        self.landed()
+        free = self.kv.free_pages
+        plan = self.kv.compact(strategy)
+        held = {page for table in self.tables() for page in table}
+        assert held <= set(range(plan.start, plan.start + plan.size)) and self.kv.free_pages == free
+        if strategy != "none":
+            assert len(held) == plan.size
 
     @rule(pages=st.integers(0, 4), longer=st.integers(0, 3))
     def grow(self, pages: int, longer: int) -> None:
         several = any(len(self.kv.pages(r)) > 1 for r in self.expected)
+        self.landed()
         if longer and several:
             before = snapshot(self.kv)
             with pytest.raises(ValueError, match=r"must stay .* while a request holds several pages"):
@@ -177,12 +290,31 @@ class History(RuleBasedStateMachine):
 
     @invariant()
     def every_request_has_its_own_tokens(self) -> None:
-        if hasattr(self, "kv"):
+        if not hasattr(self, "kv"):
+            return
+        assert len({page for table in self.tables() for page in table}) + self.kv.free_pages == self.kv.num_pages
+        assert self.kv.idle_pages <= self.kv.free_pages
+        for request, tokens in self.expected.items():
+            assert self.kv.length(request) == len(tokens)
+        if not self.flying:
             check(self.kv, self.expected)
+
+    def teardown(self) -> None:
+        """Nothing leaks: once all are freed, all pages are free."""
+        if hasattr(self, "kv"):
+            for request in self.kv.ids:
+                self.kv.free(request)
+            assert self.kv.free_pages == self.kv.num_pages and self.kv.used_bytes == 0
+            self.kv.integrity()
 
 
 TestHistory = History.TestCase
 TestHistory.settings = settings(max_examples=60, stateful_step_count=20, deadline=None)
+
+
+@pytest.mark.slow
+class TestLongHistory(History.TestCase):
+    settings = settings(max_examples=1_500, stateful_step_count=60, deadline=None)
 
 
 def filled(page_size: int = 4, num_pages: int = 9, **tokens: int) -> tuple[PagedKV, dict[Hashable, list[int]]]:
@@ -202,17 +334,120 @@ def test_a_permutation_of_requests_moves_no_token() -> None:
     check(kv, {"a": expected["b"], "b": expected["c"], "c": expected["a"]})
 
 
-def test_a_fork_copies_only_tokens_held() -> None:
+def test_a_fork_copies_one_page_when_it_goes_on_and_of_it_only_tokens_held() -> None:
     """What was truncated stays behind: beyond the tokens, the copy's memory is as it was, NaN."""
     kv, expected = filled(a=7)
     kv.truncate("a", 5)
     del expected["a"][5:]
-    kv.select({"new": "a"})
+    kv.fork("a", "new")
+    assert kv.pages("new") == kv.pages("a") and kv.free_pages == 7
     check(kv, {"a": expected["a"], "new": expected["a"]})
-    k, _ = kv.layer(0)
-    assert k[list(kv.pages("new"))].flatten(0, 1)[5:].isnan().all()
+    assert kv.used_bytes == LAYERS * 5 * kv.token_bytes
     step(kv, {"new": [77]})
+    k, _ = kv.layer(0)
+    assert kv.pages("new")[0] == kv.pages("a")[0] and k[kv.pages("new")[1], 2:].isnan().all()
     check(kv, {"a": expected["a"], "new": [*expected["a"], 77]})
+    step(kv, {"a": [78]})  # the last one in a page needs no copy
+    assert kv.free_pages == 6
+    check(kv, {"a": [*expected["a"], 78], "new": [*expected["a"], 77]})
+
+
+def test_the_last_of_several_that_go_on_keeps_the_page() -> None:
+    kv, expected = filled(num_pages=4, a=6)
+    kv.select(dict.fromkeys("bc", "a"))
+    news: dict[Hashable, list[int]] = {"a": [70], "b": [71], "c": [72]}
+    assert kv.wanted(dict.fromkeys("abc", 1)) == 2 == kv.free_pages and kv.wanted({"a": 1, "b": 0}) == 1
+    step(kv, news)
+    check(kv, {r: [*expected["a"], *new] for r, new in news.items()})
+
+
+def test_a_prompt_is_found_but_for_its_last_token() -> None:
+    kv, expected = filled(a=8)
+    kv.share("a", expected["a"], salt=b"adapter")
+    assert kv.reusable(expected["a"]) == 0 == kv.reusable([]) == kv.reusable([], salt=b"adapter")
+    kv.free("a")
+    assert (kv.free_pages, kv.idle_pages, kv.used_bytes) == (9, 2, 0)
+    assert kv.reuse("b", expected["a"], salt=b"adapter") == 7 and kv.idle_pages == 0
+    assert kv.reuse("c", [*expected["a"], 9], salt=b"adapter") == 8
+    assert kv.pages("b") == kv.pages("c") and kv.wanted({"b": 1}) == 1  # two hold the page in which b goes on
+    kv.free("c")
+    assert kv.wanted({"b": 1}) == 0
+    step(kv, {"b": [99]})  # not the token that was there
+    assert kv.reusable([*expected["a"], 9], salt=b"adapter") == 4
+    check(kv, {"b": [*expected["a"][:7], 99]})
+    kv.share("b", [*expected["a"][:7], 99], salt=b"adapter")
+    assert kv.reusable([*expected["a"][:7], 99, 0], salt=b"adapter") == 8
+
+
+def test_what_is_not_appended_in_all_layers_is_not_found() -> None:
+    kv, expected = filled(a=3)
+    batch, tokens = kv.batch(["a"], [6]), [*expected["a"], 10, 11, 12, 13, 14, 15]
+    kv.append(0, rows(tokens[3:], 0), -rows(tokens[3:], 0), batch)
+    kv.share("a", tokens)
+    assert kv.reusable(tokens) == 0
+    kv.append(1, rows(tokens[3:], 1), -rows(tokens[3:], 1), batch)
+    kv.share("a", tokens[:7])
+    assert kv.reusable(tokens) == 4
+    kv.share("a", tokens)
+    assert kv.reusable(tokens) == 8 and kv.reuse("b", tokens) == 8
+    check(kv, {"a": tokens, "b": tokens[:8]})
+
+
+def test_room_is_made_by_what_was_not_asked_for_longest() -> None:
+    kv, expected = filled(num_pages=4, a=8, b=4)
+    for request in "ab":
+        kv.share(request, expected[request])
+        kv.free(request)
+    assert kv.reuse("c", [*expected["a"][:4], 1]) == 4
+    kv.free("c")  # used again: now it goes after b's
+    step(kv, {"d": [0] * 9})
+    assert [kv.reusable([*expected[r], 1]) for r in "ab"] == [4, 0]
+    assert kv.idle_pages == kv.free_pages == 1
+
+
+def test_longer_pages_are_not_found_by_shorter_keys() -> None:
+    kv = PagedKV.contiguous(LAYERS, 2, 2, HEADS, DIM, dtype=torch.float64)
+    step(kv, {"a": [1, 2]})
+    kv.share("a", [1, 2])
+    kv.grow(num_pages=3)
+    assert kv.reusable([1, 2, 3]) == 2
+    kv.grow(page_size=4)
+    assert kv.reusable([1, 2, 3]) == 0
+    step(kv, {"a": [3, 4]})
+    kv.share("a", [1, 2, 3, 4])
+    assert kv.reusable([1, 2, 3, 4, 5]) == 4
+
+
+def test_requests_of_a_contiguous_cache_become_one_view() -> None:
+    kv = PagedKV.contiguous(LAYERS, 6, 5, HEADS, DIM, dtype=torch.float64)
+    expected: dict[Hashable, list[int]] = {r: list(range(10 * i, 10 * i + 3)) for i, r in enumerate("abcdef")}
+    step(kv, expected)
+    for request in "ad":
+        kv.free(request)
+        del expected[request]
+    before = kv.batch(["b"], [1]), kv.batch(["f"], [1])
+    plan = kv.compact("window")
+    assert (plan.start, plan.moves, plan.size) == (1, ((5, 3),), 4)
+    kv.append(0, rows([5], 0), rows([5], 0), before[0])  # b has not moved
+    with pytest.raises(ValueError, match=r"of request 'f' \(version 3\), got 2; ask for a new `batch`"):
+        kv.append(0, rows([5], 0), rows([5], 0), before[1])
+    for request in "bf":
+        kv.truncate(request, 3)
+    check(kv, expected)
+    k, _ = kv.layer(1)
+    who = sorted("bcef", key=lambda r: kv.pages(r))
+    assert torch.equal(k[1:5, :3].flatten(0, 1), torch.cat([rows(expected[r], 1) for r in who]))
+
+
+def test_pages_that_may_be_found_move_and_grow_whole() -> None:
+    kv, expected = filled(num_pages=4, a=4, b=8)
+    kv.share("b", expected["b"])
+    kv.free("a")
+    kv.truncate("b", 5)  # holds one token of a page that is found as four
+    assert kv.compact("tail").moves == ((2, 0),) and kv.pages("b") == (1, 0)
+    kv.grow(num_pages=7)
+    assert kv.reuse("c", [*expected["b"], 9]) == 8
+    check(kv, {"b": expected["b"][:5], "c": expected["b"]})
 
 
 def test_selecting_an_unknown_request_changes_nothing() -> None:
@@ -265,8 +500,10 @@ def test_a_step_may_be_written_after_the_cache_has_grown() -> None:
         lambda kv: (kv.free("a"), kv.batch(["c"], [6])),
         lambda kv: (kv.truncate("a", 5), kv.batch(["c"], [6])),
         lambda kv: kv.select({"a": "b", "b": "a"}),
+        lambda kv: kv.fork("a", "c"),
+        lambda kv: (kv.free("a"), kv.batch(["a"], [9])),
     ],
-    ids=["free", "truncate", "select"],
+    ids=["free", "truncate", "select", "fork", "again"],
 )
 def test_a_stale_step_overwrites_nobody(change: Callable[[PagedKV], object]) -> None:
     kv, _ = filled(a=5, b=3)
@@ -281,6 +518,28 @@ def test_a_stale_step_overwrites_nobody(change: Callable[[PagedKV], object]) -> 
     assert snapshot(kv) == before
 
 
+def test_what_happens_to_others_makes_no_step_stale() -> None:
+    """Micro-batches in flight: each is written, whoever comes and goes between."""
+    kv, expected = filled(num_pages=12, a=5, b=3, c=6, d=2)
+    one, two = kv.batch(["a", "d"], [2, 0]), kv.batch(["b"], [3])
+    kv.free("c")
+    kv.truncate("d", 1)
+    kv.fork("d", "e")
+    three = kv.batch(["f"], [7])
+    for batch, tokens in ((two, [20, 21, 22]), (three, list(range(30, 37))), (one, [10, 11])):
+        for layer in range(LAYERS):
+            kv.append(layer, rows(tokens, layer), -rows(tokens, layer), batch)
+    e = expected["d"][:1]
+    check(kv, {"a": [*expected["a"], 10, 11], "b": [*expected["b"], 20, 21, 22], "d": e, "e": e, "f": [*range(30, 37)]})
+    kv.free("a")
+    step(kv, {"a": [1, 2, 3]})
+    with pytest.raises(ValueError, match=r"of request 'a' \(version 4\), got 0"):  # another of the same name
+        kv.append(0, rows([10, 11], 0), rows([10, 11], 0), one)
+    by_hand = RaggedBatch.build([1], [1], [[8]], 4)
+    with pytest.raises(ValueError, match=r"select of this cache \(version 4\), got 0"):
+        kv.append(0, rows([1], 0), rows([1], 0), by_hand)
+
+
 def test_what_is_refused_makes_no_step_stale() -> None:
     kv, _ = filled(a=5)
     batch = kv.batch(["a"], [1])
@@ -288,7 +547,11 @@ def test_what_is_refused_makes_no_step_stale() -> None:
         lambda: kv.free("b"),
         lambda: kv.truncate("a", 9),
         lambda: kv.select({"b": "c"}),
-        lambda: kv.select(dict.fromkeys("bcdefg", "a")),
+        lambda: kv.select({"b": "a", "c": "d"}),
+        lambda: kv.fork("b", "c"),
+        lambda: kv.fork("a", "a"),
+        lambda: kv.reuse("a", [1, 2]),
+        lambda: kv.share("b", [1, 2]),
     ):
         with pytest.raises(ValueError, match="must"):
             change()

@@ -77,6 +77,11 @@ class Ledger:
         """How many tokens of a request are there, of all heads."""
         return min(lengths.get(request, 0) for _, lengths in self._runs)
 
+    def begin(self, request: Hashable, length: int) -> None:
+        """The first `length` tokens of a new request are there."""
+        for _, lengths in self._runs:
+            lengths[request] = length
+
     def truncate(self, request: Hashable, length: int) -> None:
         """Count no more than `length` tokens of a request."""
         for _, lengths in self._runs:

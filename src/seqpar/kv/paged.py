@@ -2,28 +2,44 @@
 
 A contiguous cache is the same cache with one long page per request. Pages are handed out lowest first, so a request
 that grows alone holds consecutive pages and is read and written as one slice.
+
+Requests may hold the same pages: forks of one request, and requests whose prompts begin alike. What is held by several
+is never written: of the page in which a request goes on it first takes a copy, if another holds it too.
 """
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from collections import Counter
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from seqpar.kv import compaction
+from seqpar.kv.compaction import CompactionPlan, Strategy
 from seqpar.kv.ledger import Ledger
+from seqpar.kv.pages import OutOfPages, PageAllocator, page_keys
 from seqpar.partition import Range
 from seqpar.ragged import RaggedBatch
 
 __all__ = ["PagedKV"]
 
 
-class _Request(NamedTuple):
-    pages: tuple[int, ...]
-    length: int
+@dataclass(slots=True)
+class _Request:
+    """What the cache knows of a request.
+
+    Attributes:
+        version: of the cache when tokens of this request were last lost or moved.
+        keys: of its first pages, as far as those are full and their tokens known.
+    """
+
+    version: int
+    pages: list[int] = field(default_factory=list)
+    length: int = 0
+    keys: list[bytes] = field(default_factory=list)
 
 
 class PagedKV:
@@ -33,8 +49,10 @@ class PagedKV:
     attends to what `read` gives it. Room is found for all requests or for none. Memory is not initialised: what was
     never appended must never be read, and `read` refuses to. Values are stored without their autograd history.
 
-    A batch's tokens are to be appended before a request is freed, truncated or selected: the pages may then belong to
-    another. Each of these makes a new `version` of the cache, and `append` refuses the batches of older ones.
+    A batch's tokens are to be appended before one of its requests is freed, truncated, selected or moved: the pages may
+    then belong to another. Each of these makes a new `version` of the cache, and `append` refuses the batches that
+    are older than the last change of a request which they bring tokens of. What happens to other requests concerns no
+    batch, so that several may be in flight.
 
     Args:
         num_layers: Layers that append.
@@ -72,7 +90,7 @@ class PagedKV:
         with torch.inference_mode(False):  # made in it, they could only ever be written in it
             self._k = [torch.empty(shape, dtype=dtype, device=device) for _ in range(num_layers)]
             self._v = [torch.empty(shape, dtype=dtype, device=device) for _ in range(num_layers)]
-        self._free = list(range(num_pages))  # a heap
+        self._allocator = PageAllocator(num_pages)
         self._requests: dict[Hashable, _Request] = {}
         self._ledgers = [Ledger(num_kv_heads) for _ in range(num_layers)]
         self.version = 0
@@ -108,7 +126,13 @@ class PagedKV:
 
     @property
     def free_pages(self) -> int:
-        return len(self._free)
+        """Pages that no request holds; those that may be found again by their tokens count."""
+        return self._allocator.num_free
+
+    @property
+    def idle_pages(self) -> int:
+        """Of the free pages, those that may be found again by their tokens."""
+        return self._allocator.num_idle
 
     @property
     def nbytes(self) -> int:
@@ -117,9 +141,8 @@ class PagedKV:
 
     @property
     def used_bytes(self) -> int:
-        """Bytes of the tokens held."""
-        tokens = sum(self._stored(request.length) for request in self._requests.values())
-        return self.num_layers * tokens * self.token_bytes
+        """Bytes of the tokens held; those in a page of several requests count once."""
+        return self.num_layers * sum(self._used().values()) * self.token_bytes
 
     @property
     def token_bytes(self) -> int:
@@ -135,20 +158,38 @@ class PagedKV:
 
     def pages(self, request: Hashable) -> tuple[int, ...]:
         """Pages of a request, in order."""
-        return self._get(request).pages
+        return tuple(self._get(request).pages)
+
+    def wanted(self, q_lens: Mapping[Hashable, int]) -> int:
+        """How many free pages room for that many more tokens of each request takes: what `reserve` would take.
+
+        Raises:
+            ValueError: a request may never hold as many pages, or a number is negative.
+        """
+        lacking, copied = self._lacking(q_lens)
+        return sum(lacking) + len(copied)
 
     def reserve(self, q_lens: Mapping[Hashable, int]) -> None:
         """Find room for that many more tokens of each request; one that is not held yet begins empty.
 
         Raises:
-            ValueError: not all of them fit; then nothing has changed.
+            OutOfPages: not all of them fit; then nothing has changed.
+            ValueError: a request may never hold as many pages, or a number is negative; likewise.
         """
-        wanted = {request: self._wanted(request, new) for request, new in q_lens.items()}
-        if sum(wanted.values()) > len(self._free):
-            raise self._out_of_pages("new tokens", sum(wanted.values()), len(self._free))
-        for request, count in wanted.items():
-            held = self._requests.get(request, _Request((), 0))
-            self._requests[request] = held._replace(pages=held.pages + self._take(count))
+        lacking, copied = self._lacking(q_lens)
+        wanted = sum(lacking) + len(copied)
+        if wanted > self.free_pages:
+            raise OutOfPages(
+                f"out of pages: the new tokens must fit into the free pages ({self.free_pages} of {self.num_pages}, "
+                f"{self.page_size} tokens each), got {wanted} wanted; free requests or grow the cache"
+            )
+        for request in copied:
+            self._take_copy(self._requests[request])
+        for (request, new), count in zip(q_lens.items(), lacking, strict=True):
+            held = self._requests.setdefault(request, _Request(self.version))
+            if new and held.length % self.page_size:
+                self._allocator.forget(held.pages[held.length // self.page_size])
+            held.pages += self._allocator.alloc(count)
 
     def batch(
         self,
@@ -165,7 +206,8 @@ class PagedKV:
             positions: Rotary positions; by default each token's index in its request.
 
         Raises:
-            ValueError: a request is named twice, or the step does not fit; then nothing has changed.
+            OutOfPages: the step does not fit; then nothing has changed.
+            ValueError: a request is named twice, or may never hold as many pages; likewise.
         """
         if len(set(requests)) != len(requests) or len(q_lens) != len(requests):
             raise ValueError(
@@ -176,15 +218,13 @@ class PagedKV:
                 f"`positions` must have one entry per new token ({sum(q_lens)}), got {list(positions.shape)}"
             )
         self.reserve(dict(zip(requests, q_lens, strict=True)))
-        for request, new in zip(requests, q_lens, strict=True):
-            held = self._requests[request]
-            self._requests[request] = held._replace(length=held.length + new)
-        held_now = [self._requests[request] for request in requests]
-        kv_lens, pages = [held.length for held in held_now], [held.pages for held in held_now]
+        held = [self._requests[request] for request in requests]
+        for each, new in zip(held, q_lens, strict=True):
+            each.length += new
         return RaggedBatch.build(
             q_lens,
-            kv_lens,
-            pages,
+            [each.length for each in held],
+            [each.pages for each in held],
             self.page_size,
             positions=positions,
             device=self.device,
@@ -193,8 +233,8 @@ class PagedKV:
         )
 
     def free(self, request: Hashable) -> None:
-        """Give a request's pages back."""
-        self._release(self._get(request).pages)
+        """Give a request's pages back; those that are shared with another stay with it."""
+        self._allocator.free(self._get(request).pages)
         self.version += 1
         del self._requests[request]
         for ledger in self._ledgers:
@@ -210,38 +250,120 @@ class PagedKV:
         if not 0 <= length <= held.length:
             raise ValueError(f"`length` must be 0 to the tokens of request {request!r} ({held.length}), got {length}")
         keep = self._pages_for(length)
-        self._release(held.pages[keep:])
+        self._allocator.free(held.pages[keep:])
         self.version += 1
-        self._requests[request] = _Request(held.pages[:keep], length)
+        held.pages, held.length, held.version = held.pages[:keep], length, self.version
+        held.keys = held.keys[: length // self.page_size]
         for ledger in self._ledgers:
             ledger.truncate(request, length)
 
     def select(self, sources: Mapping[Hashable, Hashable]) -> None:
         """Let each key hold what its value held, all at once; requests that are no keys stay as they are.
 
-        This is beam search's reordering (`{0: 0, 1: 0, 2: 1}`) and a fork (`{new: old}`). Pages that one key alone
-        takes over change hands without a copy; of the others only the tokens held are copied.
+        This is beam search's reordering (`{0: 0, 1: 0, 2: 1}`) and a fork (`{new: old}`). Nothing is copied and no free
+        page is taken: pages of tokens change hands, or have several holders from then on, and those reserved beyond
+        the tokens stay behind. A request that goes on in a page of several takes a copy of its tokens then.
 
         Raises:
-            ValueError: a value is not held, or the copies do not fit; then nothing has changed.
+            ValueError: a value is not held; then nothing has changed.
         """
-        before = {old: self._get(old) for old in sources.values()}
-        owner = {old: old if sources.get(old, old) == old else new for new, old in sources.items()}
-        copied = [new for new, old in sources.items() if owner[old] != new]
-        released = [p for new in sources if new in self and new not in owner for p in self._requests[new].pages]
-        wanted = sum(self._pages_for(before[sources[new]].length) for new in copied)
-        if wanted > len(self._free) + len(released):
-            raise self._out_of_pages("copies", wanted, len(self._free) + len(released))
-        self._release(released)
+        before = {new: self._get(old) for new, old in sources.items() if new != old}
+        for old in sources.values():
+            self._get(old)
+        if not before:
+            return
         self.version += 1
-        self._requests.update({new: before[old] for new, old in sources.items() if owner[old] == new})
-        for new in copied:
-            held = before[sources[new]]
-            pages = self._take(self._pages_for(held.length))
-            self._copy_pages(held.pages, pages, held.length)
-            self._requests[new] = _Request(pages, held.length)
+        after = {new: self._fork(held) for new, held in before.items()}
+        for new in after:
+            if new in self._requests:
+                self._allocator.free(self._requests[new].pages)
+        for held in before.values():
+            held.version = self.version  # steps in flight would write where others read
+        self._requests.update(after)
         for ledger in self._ledgers:
             ledger.select(sources)
+
+    def fork(self, request: Hashable, new: Hashable) -> None:
+        """Let a new request hold what a request holds; see `select`.
+
+        Raises:
+            ValueError: the request is not held, or the new one is.
+        """
+        if new in self._requests:
+            raise ValueError(f"`new` must not be held yet, got {new!r}; free it first, or `select`")
+        self.select({new: request})
+
+    def reusable(self, tokens: Sequence[int], *, salt: bytes = b"") -> int:
+        """How many of the tokens `reuse` would find."""
+        found = self._allocator.find(page_keys(tokens, self.page_size, salt))
+        return max(0, min(len(found) * self.page_size, len(tokens) - 1))
+
+    def reuse(self, request: Hashable, tokens: Sequence[int], *, salt: bytes = b"") -> int:
+        """Begin a request with those of its first tokens that are still here, and say how many.
+
+        Found are the full pages that `share` has named, of requests held or freed, up to the first that is not there.
+        One token at least is left to compute, since a prompt's logits are wanted.
+
+        Args:
+            request: The new one.
+            tokens: Its prompt.
+            salt: What its keys and values depend on besides its tokens, such as an adapter or odd positions.
+
+        Raises:
+            ValueError: the request is held.
+        """
+        if request in self._requests:
+            raise ValueError(f"`request` must not be held yet, got {request!r}; free it first")
+        keys = list(page_keys(tokens, self.page_size, salt))
+        found = self._allocator.find(keys)
+        length = max(0, min(len(found) * self.page_size, len(tokens) - 1))
+        pages = found[: self._pages_for(length)]
+        self._allocator.fork(pages)
+        self._requests[request] = _Request(self.version, list(pages), length, keys[: length // self.page_size])
+        for ledger in self._ledgers:
+            ledger.begin(request, length)
+        return length
+
+    def share(self, request: Hashable, tokens: Sequence[int], *, salt: bytes = b"") -> None:
+        """Let later requests find a request's full pages by its tokens, as far as all layers have appended them.
+
+        Call it once a prompt is computed, and before the request is freed: freed pages are found until their room is
+        needed. What was hashed in an earlier call is not hashed again.
+
+        Args:
+            request: Whose.
+            tokens: Of it, from the first on; more than are appended do no harm.
+            salt: As for `reuse`.
+
+        Raises:
+            ValueError: the request is not held.
+        """
+        held = self._get(request)
+        there = min(len(tokens), held.length, *(ledger.appended(request) for ledger in self._ledgers))
+        first, full = len(held.keys), there // self.page_size
+        parent = held.keys[-1] if held.keys else salt
+        held.keys += page_keys(tokens[first * self.page_size : full * self.page_size], self.page_size, parent)
+        for page, key in zip(held.pages, held.keys, strict=False):
+            self._allocator.remember(page, key)  # also those whose key another page had, which may be gone
+
+    def compact(self, strategy: Strategy = "window") -> CompactionPlan:
+        """Move pages so that those held form one run, and say which went where; see `compaction.plan`.
+
+        With one page for each request that is one run of requests: their keys are `layer(i)[0][run]`, a view.
+        """
+        plan = compaction.plan(self._allocator.occupied, strategy)
+        if plan.moves:
+            contents = self._contents()
+            lengths = [contents.get(page, 0) for page in range(self.num_pages)]
+            for tensor in (*self._k, *self._v):
+                plan.apply(tensor, lengths=lengths)
+            self._allocator.move(plan.moves)
+            self.version += 1
+            for held in self._requests.values():
+                pages = [plan.follow(page) for page in held.pages]
+                if pages != held.pages:
+                    held.pages, held.version = pages, self.version
+        return plan
 
     @torch.inference_mode(False)
     def grow(self, *, num_pages: int | None = None, page_size: int | None = None) -> None:
@@ -264,22 +386,26 @@ class PagedKV:
                 f"`page_size` must stay {self.page_size} while a request holds several pages ({longest}), "
                 f"got {page_size}; grow `num_pages`"
             )
+        if page_size != self.page_size:
+            self._forget_keys()
+        contents = self._contents()
         for store in (self._k, self._v):
             for layer, old in enumerate(store):
                 store[layer] = new = old.new_empty(num_pages, self._stored(page_size), *old.shape[2:])
-                for page, used in self._used_pages():
+                for page, used in contents.items():
                     new[page, :used] = old[page, :used]
-        for page in range(self.num_pages, num_pages):
-            heapq.heappush(self._free, page)
+        self._allocator.grow(num_pages)
         self.num_pages, self.page_size = num_pages, page_size
 
     def integrity(self) -> None:
-        """Raise AssertionError unless every page has exactly one holder and every request room for its tokens."""
-        held = [page for request in self._requests.values() for page in request.pages]
-        assert sorted(held + self._free) == list(range(self.num_pages)), "every page is free or held once"
-        for name, request in self._requests.items():
-            room = len(request.pages) * self.page_size
-            assert 0 <= request.length <= room, f"request {name!r} has {request.length} tokens in room for {room}"
+        """Raise AssertionError unless every page is free or held, and every request has room for its tokens."""
+        self._allocator.integrity([held.pages for held in self._requests.values()])
+        for name, held in self._requests.items():
+            room = len(held.pages) * self.page_size
+            assert 0 <= held.length <= room, f"request {name!r} has {held.length} tokens in room for {room}"
+            spare = held.pages[self._pages_for(held.length) :]
+            assert all(self._allocator.holders(page) == 1 for page in spare), f"request {name!r} shares empty pages"
+            assert len(held.keys) * self.page_size <= held.length, f"request {name!r} has more keys than full pages"
 
     # What lies in them.
 
@@ -325,7 +451,7 @@ class PagedKV:
 
         Raises:
             ValueError: shape, dtype or page size differ from the cache's, the heads are none of its own, or the batch
-                is older than the last free, truncate or select; then nothing was written.
+                is older than the last free, truncate, select or move of a request in it; then nothing was written.
         """
         self._check_append(k, v, batch, heads, batch.num_tokens)
         for store, new in ((self._k, k), (self._v, v)):
@@ -375,26 +501,66 @@ class PagedKV:
         if batch.page_size != self.page_size:
             raise ValueError(f"`batch` must have the cache's page size ({self.page_size}), got {batch.page_size}")
         if batch.version != self.version:
-            raise ValueError(
-                f"`batch` must be made after the last free, truncate or select (version {self.version}), "
-                f"got {batch.version}; ask for a new `batch`"
-            )
+            self._check_current(batch)
 
-    def _copy_pages(self, sources: Sequence[int], targets: Sequence[int], length: int) -> None:
-        """Copy the first `length` tokens from pages to pages, in every layer."""
+    def _check_current(self, batch: RaggedBatch) -> None:
+        """Refuse a batch whose tokens may no longer be written where it says."""
+        changed: Hashable = "of this cache"
+        version = self.version
+        news = [request for request, new in zip(batch.requests, batch.q_lens, strict=False) if new]
+        if batch.requests and batch.version < self.version:
+            stale = [request for request in news if self._changed(request) > batch.version]
+            if not stale:
+                return
+            changed, version = f"of request {stale[0]!r}", self._changed(stale[0])
+        raise ValueError(
+            f"`batch` must be made after the last free, truncate or select {changed} (version {version}), "
+            f"got {batch.version}; ask for a new `batch`"
+        )
+
+    def _changed(self, request: Hashable) -> int:
+        """The version in which tokens of a request were last lost or moved; for one not held the newest."""
+        held = self._requests.get(request)
+        return self.version if held is None else held.version
+
+    def _take_copy(self, held: _Request) -> None:
+        """Let a request go on in a page of its own instead of one that others hold too."""
+        last, rest = divmod(held.length, self.page_size)
+        source, (target,), used = held.pages[last], self._allocator.alloc(1), self._stored(rest)
         for tensor in (*self._k, *self._v):
-            for i, (source, target) in enumerate(zip(sources, targets, strict=False)):
-                used = self._stored(min(length - i * self.page_size, self.page_size))
-                tensor[target, :used] = tensor[source, :used]
+            tensor[target, :used] = tensor[source, :used]
+        self._allocator.free([source])
+        held.pages = [*held.pages[:last], target, *held.pages[last + 1 :]]
+
+    def _fork(self, held: _Request) -> _Request:
+        """A request that holds the same tokens, in the same pages."""
+        pages = held.pages[: self._pages_for(held.length)]
+        self._allocator.fork(pages)
+        return _Request(self.version, pages, held.length, list(held.keys))
+
+    def _forget_keys(self) -> None:
+        """Let no page be found by its tokens any more."""
+        for page in self._allocator.remembered:
+            self._allocator.forget(page)
+        for held in self._requests.values():
+            held.keys = []
 
     def _stored(self, tokens: int) -> int:
         """How many of the first tokens of a page, or of a request, are stored here: all of them."""
         return tokens
 
-    def _used_pages(self) -> Iterator[tuple[int, int]]:
-        """Every page that holds tokens, with the number of those stored here."""
+    def _used(self) -> dict[int, int]:
+        """Every page that holds tokens of a request, with the number of those stored here."""
+        used: dict[int, int] = {}
         for held in self._requests.values():
-            yield from self._pages_of(held)
+            for page, tokens in self._pages_of(held):
+                used[page] = max(tokens, used.get(page, 0))
+        return used
+
+    def _contents(self) -> dict[int, int]:
+        """Every page whose contents must be kept, with the tokens stored here; those that are found by a key, whole."""
+        whole = dict.fromkeys(self._allocator.remembered, self._stored(self.page_size))
+        return {**self._used(), **whole}
 
     def _pages_of(self, held: _Request) -> Iterator[tuple[int, int]]:
         """The pages of a request that hold tokens, with the number of those stored here."""
@@ -409,28 +575,31 @@ class PagedKV:
     def _pages_for(self, length: int) -> int:
         return -(-length // self.page_size)
 
-    def _wanted(self, request: Hashable, new: int) -> int:
-        """Pages that a request lacks for `new` more tokens."""
-        held = self._requests.get(request, _Request((), 0))
+    def _lacking(self, q_lens: Mapping[Hashable, int]) -> tuple[list[int], list[Hashable]]:
+        """Pages that each request lacks for its new tokens, and the requests that must copy the page they go on in.
+
+        Of those that go on in one page, the last needs no copy where nobody else is left to hold it.
+        """
+        lacking, copied = [], []
+        leaving: Counter[int] = Counter()
+        for request, new in q_lens.items():
+            held = self._requests.get(request) or _Request(self.version)
+            lacking.append(max(0, self._pages_wanted(request, held.length, new) - len(held.pages)))
+            if new and held.length % self.page_size:
+                page = held.pages[held.length // self.page_size]
+                if self._allocator.holders(page) - leaving[page] > 1:
+                    leaving[page] += 1
+                    copied.append(request)
+        return lacking, copied
+
+    def _pages_wanted(self, request: Hashable, length: int, new: int) -> int:
+        """Pages of a request once it has that many more tokens."""
         if new < 0:
             raise ValueError(f"`q_lens` must be at least 0, got {new} for request {request!r}")
-        pages = self._pages_for(held.length + new)
+        pages = self._pages_for(length + new)
         if self.pages_per_request is not None and pages > self.pages_per_request:
             raise ValueError(
                 f"out of pages: a request must fit into {self.pages_per_request} pages of {self.page_size} tokens, "
-                f"got {held.length} + {new} tokens for request {request!r}; grow `page_size`"
+                f"got {length} + {new} tokens for request {request!r}; grow `page_size`"
             )
-        return max(0, pages - len(held.pages))
-
-    def _take(self, count: int) -> tuple[int, ...]:
-        return tuple(heapq.heappop(self._free) for _ in range(count))
-
-    def _release(self, pages: Iterable[int]) -> None:
-        for page in pages:
-            heapq.heappush(self._free, page)
-
-    def _out_of_pages(self, what: str, wanted: int, free: int) -> ValueError:
-        return ValueError(
-            f"out of pages: the {what} must fit into the free pages ({free} of {self.num_pages}, "
-            f"{self.page_size} tokens each), got {wanted} wanted; free requests or grow the cache"
-        )
+        return pages
