@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from seqpar import comm
+from seqpar.kernels.quantize import decode, encode
 from seqpar.kv import PagedKV, StripedKV
 from seqpar.layers import (
     HeadParameter,
@@ -25,6 +26,7 @@ from seqpar.layers import (
     tokens_to_stripes,
 )
 from seqpar.partition import HeadMap, Layout, Placement, Range, Striping, even_ranges, place_tokens
+from tests.kernels.own_errors import own_errors
 from tests.layers.reference import Attention, name_of, rope
 from tests.ranks import LAYOUTS, run_mesh
 
@@ -140,11 +142,13 @@ def decodes(mesh: comm.DeviceMesh, case: Case) -> None:
         else:
             qkv = pack(heads, tp_rank, *(x[tokens] for x in new))
         before = qkv.clone()
+        core.exchange = ("a2a", "ag_rs", 4)[number // len(layouts) % 3]
+        reduces = core.exchange == "ag_rs" or (core.exchange == 4 and batch.num_tokens >= 4)
         with comm.record() as sent:
             out = core(qkv, batch, kv=kv, layout=layout, whole=case.whole)
         torch.testing.assert_close(out, expected[tokens, slice(*heads.q_shard(tp_rank))].flatten(1), **EXACT)
         assert torch.equal(qkv, before)
-        assert sent.total.calls == (groups.sp.size() > 1) * (1 if case.whole else 2)
+        assert sent.total.calls == (groups.sp.size() > 1) * ((not case.whole) + 1 + reduces)
     for request, (_, k, v) in enumerate(history.tokens):
         own = list(kv.striping.tokens(0, len(k), kv.rank))
         shard = slice(*core.kv_shard)
@@ -211,11 +215,11 @@ def test_bytes_are_the_formula_and_independent_of_the_context(layout: tuple[int,
     assert all(got == wanted for got, wanted in counted[0])
 
 
-def narrow(mesh: comm.DeviceMesh) -> None:
+def narrow(mesh: comm.DeviceMesh, exchange: Any) -> None:
     """Half precision and scores about 100: the merge is right only with the whole float32 LSE."""
     groups, case = comm.groups(mesh), Case(4, 2)
     heads, striping = HeadMap(4, 2, *groups.layout), Striping(groups.sp.size())
-    core = QShipDecodeAttention(heads, DIM, group=groups.sp)
+    core = QShipDecodeAttention(heads, DIM, group=groups.sp, exchange=exchange)
     options: dict[str, Any] = {"striping": striping, "rank": groups.sp.rank(), "dtype": torch.bfloat16}
     kv = StripedKV(1, 8, 12, 2, DIM, **options)
     history = History(case, 2)
@@ -235,9 +239,59 @@ def narrow(mesh: comm.DeviceMesh) -> None:
         torch.testing.assert_close(out.double(), expected[tokens].flatten(1), rtol=0, atol=0.03)
 
 
+@pytest.mark.parametrize(("p", "exchange"), [(1, "a2a"), (2, "a2a"), (2, "ag_rs"), (3, "a2a")])
+def test_the_lse_travels_in_full_precision(p: int, exchange: str) -> None:
+    run_mesh((1, p), narrow, exchange)
+
+
+def coarse(mesh: comm.DeviceMesh) -> None:
+    """In a wire format, against attention with the q, k and v that arrive: then `out` alone is rounded, once.
+
+    Partials are rounded to within a share of their largest number, at most the largest of v, and weigh 1 in all.
+    """
+    groups, q_lens_of = comm.groups(mesh), ((7, 9), (1, 0), (2, 1))
+    heads, p, rank = HeadMap(4, 2, *groups.layout), groups.sp.size(), groups.sp.rank()
+    for wire, share in (("int8", 1 / 239), ("fp8", 1 / 16)):
+        for exchange in ("a2a", "ag_rs"):
+            options: dict[str, Any] = {"exchange": exchange, "wire": wire}
+            core = QShipDecodeAttention(heads, DIM, group=groups.sp, **options)
+            kv = StripedKV(1, 8, 4 * p, 2, DIM, striping=Striping(p), rank=rank)
+            history = History(Case(4, 2), 2)
+            for q_lens in q_lens_of:
+                torch.manual_seed(sum(q_lens))
+                new = [torch.randn(sum(q_lens), h, DIM) for h in history.sizes]
+                arrived = [_rounded(x, wire) if p > 1 else x.double() for x in new]
+                outs = []
+                for request, parts in enumerate(zip(*(x.split(q_lens) for x in arrived), strict=True)):
+                    history.tokens[request] = [
+                        torch.cat(both) for both in zip(history.tokens[request], parts, strict=True)
+                    ]
+                    tokens = history.tokens[request]
+                    outs.append(history.attend(*tokens)[len(tokens[0]) - q_lens[request] :])
+                batch = kv.batch([0, 1], q_lens)
+                mine = slice(*even_ranges(batch.num_tokens, p)[rank])
+                out = core(pack(heads, 0, *(x[mine] for x in new)), batch, kv=kv)
+                largest = max(float(tokens[2].abs().max()) for tokens in history.tokens)
+                bound = largest * share if p > 1 else 0.0
+                error = (out.double() - torch.cat(outs)[mine].flatten(1)).abs()
+                assert not len(error) or float(error.max()) <= bound + 1e-5
+            held = kv.gather(0, [0, 1])
+            wanted = [
+                torch.cat([t[at][list(kv.striping.tokens(0, len(t[at]), rank))] for t in history.tokens])
+                for at in (1, 2)
+            ]
+            torch.testing.assert_close([x.double() for x in held], wanted, rtol=0, atol=0)
+
+
+def _rounded(x: Tensor, wire: Any) -> Tensor:
+    """As it arrives."""
+    rows = encode(x.flatten(0, 1), wire)
+    return decode(rows, DIM, x.dtype, wire).view(x.shape).double()
+
+
 @pytest.mark.parametrize("p", [1, 2, 3])
-def test_the_lse_travels_in_full_precision(p: int) -> None:
-    run_mesh((1, p), narrow)
+def test_a_wire_format_rounds_what_travels_once(p: int) -> None:
+    run_mesh((1, p), coarse)
 
 
 def moved(mesh: comm.DeviceMesh, case: Case, lengths: tuple[int, ...]) -> None:
@@ -475,6 +529,40 @@ def test_parts_of_a_step_overlap(layout: tuple[int, int]) -> None:
     run_mesh(layout, chunks)
 
 
+def halves(mesh: comm.DeviceMesh, exchange: Any) -> None:
+    """Two halves of the requests by turns: a program computes under every exchange of the other (Helix's HOP-B)."""
+    groups, case = comm.groups(mesh), Case(8, 2, interleave=2)
+    core, kv = make(groups, case, exchange=exchange)
+    history = History(case, 4)
+    for q_lens in ((5, 2, 3, 4), (1, 1, 1, 1)):
+        new, expected = history.add(q_lens)
+        programs, wanted, start = [], [], 0
+        for requests in ((0, 1), (2, 3)):
+            batch = kv.batch(requests, [q_lens[request] for request in requests])
+            tokens = slice(*even_ranges(batch.num_tokens, groups.sp.size())[groups.sp.rank()].shift(start))
+            qkv = pack(core.heads, groups.tp.rank(), *(x[tokens] for x in new))
+            programs.append(core.steps(qkv, batch, kv=kv))
+            wanted.append(expected[tokens, slice(*core.q_shard)].flatten(1))
+            start += batch.num_tokens
+        with comm.trace() as seen:
+            outs = comm.interleave(programs, ordered=False)
+        torch.testing.assert_close(outs, wanted, **EXACT)
+    trace = seen.gather(group=groups.flat)
+    comm.check_schedule(trace, ordered=False)
+    mine = [interval for interval in trace.intervals if interval.rank == 0]
+    launched = [interval.program for interval in mine if interval.kind == "comm"]
+    assert launched == [(0,), (1,)] * (3 if exchange == "ag_rs" else 2)
+    for flight in (interval for interval in mine if interval.kind == "comm" and interval.program == (0,)):
+        landed = next(i.start_s for i in mine if i.kind == "wait" and i.number == flight.number)
+        under = [i for i in mine if i.kind == "compute" and flight.launched_s <= i.start_s and i.end_s <= landed]
+        assert any(interval.program == (1,) for interval in under)
+
+
+@pytest.mark.parametrize("exchange", ["a2a", "ag_rs"])
+def test_halves_of_the_requests_hide_each_others_exchanges(exchange: str) -> None:
+    run_mesh((1, 2), halves, exchange)
+
+
 def yields(mesh: comm.DeviceMesh) -> list[str]:
     """What a step stops at, with the keys of the layer still missing where its mark is."""
     core, kv = make(comm.groups(mesh), CASES[0])
@@ -523,6 +611,11 @@ def refusals(mesh: comm.DeviceMesh) -> None:
             core(qkv, batch, kv=stripes(sizes=(1, 4, 4, 1, DIM)))
         with pytest.raises(ValueError, match="`batch` must have the cache's page size"):
             core(qkv, batch, kv=stripes(sizes=(1, 4, 8, 2, DIM)))
+        for whole_qkv in (False, True):
+            coded = QShipDecodeAttention(heads, DIM, group=groups.sp, wire="int8")
+            rows = qkv.repeat(2, 1) if whole_qkv else qkv
+            with pytest.raises(ValueError, match="`qkv` must be float32, bfloat16 or float16 to travel in a wire"):
+                coded(rows, batch, kv=kv, whole=whole_qkv)
         with pytest.raises(ValueError, match="`kv` must hold whole sequences of this rank's heads"):
             ulysses(qkv, batch, kv=kv)
         with pytest.raises(ValueError, match="`qkv` must need no gradient"):
@@ -565,6 +658,10 @@ def test_bad_input_is_refused_on_all_ranks() -> None:
 
 
 def foreign_layout(mesh: comm.DeviceMesh) -> None:
+    for exchange in ("ag", 0, True):
+        text = '`exchange` must be "a2a", "ag_rs" or a number of queries of at least 1'
+        with own_errors(), pytest.raises(ValueError, match=text):
+            make(comm.groups(mesh), CASES[0], exchange=exchange)
     core, _ = make(comm.groups(mesh), CASES[0])
     with pytest.raises(ValueError, match=r"must keep the tokens of a step within the group that holds its context"):
         core.add_layout(Layout(1, 4), group=comm.groups(mesh).flat)

@@ -16,10 +16,12 @@ tensor parallelism every rank has all tokens and its own heads, which small step
 vLLM's decode context parallelism. With `whole=True` the projection of all tokens and all heads of the shard was
 computed on every rank, and nothing is gathered (Helix). They are one code path over "which tokens, which heads".
 
-The way back is one all-to-all with the float32 LSE in the columns beside `out`, bit for bit. All-gathering the LSE and
-reduce-scattering rescaled outputs is a collective more, and rounds sums in the wire's dtype. K and V of the step travel
-with Q in one collective, though only their owner needs them: they are small beside Q for GQA, a message of its own
-would cost more, and every rank then has the current keys that its own tokens see.
+The way back is one all-to-all with the float32 LSE in the columns beside `out`, bit for bit. The other form
+(`exchange="ag_rs"`) all-gathers the LSE, so that every rank knows what its partials weigh, and reduce-scatters the
+weighted ones: a collective more, more bytes, and sums rounded in the wire's dtype, but a fabric that adds on its way
+delivers one row where the all-to-all delivers N. K and V of the step travel with Q in one collective, though only their
+owner needs them: they are small beside Q for GQA, a message of its own would cost more, and every rank then has the
+current keys that its own tokens see.
 
 Source: CSPS, arXiv:2409.15104v1 (queries travel); the split and the layout as in vLLM; Helix, arXiv:2507.07120.
 """
@@ -27,7 +29,7 @@ Source: CSPS, arXiv:2409.15104v1 (queries travel); the split and the layout as i
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from einops import rearrange
@@ -37,6 +39,7 @@ from torch import Tensor, nn
 from seqpar import comm
 from seqpar.comm import Mark, ProcessGroup, Steps
 from seqpar.kernels import add_sinks, attention, merge
+from seqpar.kernels.quantize import Wire, check_wire, decode, encode, encoded_width
 from seqpar.kv import PagedKV, StripedKV
 from seqpar.layers.base import find_layout
 from seqpar.layers.heads import HeadParameter
@@ -47,6 +50,7 @@ from seqpar.ragged import RaggedBatch, Tail
 __all__ = ["QShipDecodeAttention"]
 
 Partial = tuple[Tensor, Tensor]
+Exchange = Literal["a2a", "ag_rs"]
 
 
 class _Block(NamedTuple):
@@ -104,9 +108,13 @@ class QShipDecodeAttention(UlyssesAttention):
         head_dim: D.
         group: the sequence ranks, which hold the context between them under every layout.
         tp_rank, q_norm, k_norm, sinks, window, softmax_scale, layer_index: as `UlyssesAttention` takes them.
+        exchange: how partials return: "a2a", one all-to-all; "ag_rs", an all-gather of the LSE and a reduce-scatter of
+            `out`; or a number of queries, from which on a step takes the second form (`plan.exchange_from`).
+        wire: the format in which everything but the LSE travels, each number rounded once and under "ag_rs" each
+            summand; also what is cached.
 
     Raises:
-        ValueError: what `UlyssesAttention` refuses.
+        ValueError: what `UlyssesAttention` refuses, or an exchange that is none.
     """
 
     def __init__(
@@ -122,6 +130,8 @@ class QShipDecodeAttention(UlyssesAttention):
         window: int | None = None,
         softmax_scale: float | None = None,
         layer_index: int = 0,
+        exchange: Exchange | int = "a2a",
+        wire: Wire | None = None,
     ) -> None:
         super().__init__(
             heads,
@@ -134,7 +144,15 @@ class QShipDecodeAttention(UlyssesAttention):
             window=window,
             softmax_scale=softmax_scale,
             layer_index=layer_index,
+            wire=wire,
         )
+        if exchange not in get_args(Exchange) and not (type(exchange) is int and exchange >= 1):
+            raise ValueError(
+                f'`exchange` must be "a2a", "ag_rs" or a number of queries of at least 1, got {exchange!r}'
+            )
+        self.exchange = exchange
+        if group.size() == 1:  # nothing travels, and nothing is rounded
+            self.wire = None
         self.group = group
         self.q_shard, self.kv_shard = heads.q_shard(tp_rank), heads.kv_shard(tp_rank)
         self.blocks: dict[Layout | None, tuple[_Block, ...]] = {}
@@ -167,7 +185,7 @@ class QShipDecodeAttention(UlyssesAttention):
         tail: Tail | None = None,
         whole: bool = False,
     ) -> Steps[Float[Tensor, "t_out o"]]:
-        """See `forward`; yields at the all-gather and the all-to-all, with a `Mark` where the KV is appended."""
+        """See `forward`; yields at the all-gather and on the way back, with a `Mark` where the KV is appended."""
         exchange, blocks = find_layout(self.exchanges, layout), find_layout(self.blocks, layout)
         me = blocks[self.group.rank()]
         held = self._shard_block if whole else me
@@ -180,26 +198,28 @@ class QShipDecodeAttention(UlyssesAttention):
         if tail is not None:
             q = tail.take(q, rows.start)
         q, k = (x.detach() for x in self._turn(q, k, rows, cos, sin, tail))
-        if whole:
-            own_rows = plan.queries[self.group.rank()]
-            own = q[own_rows.start : own_rows.stop, me.q.start : me.q.stop]
-        else:
-            own = q
-            flat = yield comm.all_gather_async(
-                torch.cat([q.flatten(), k.flatten(), v.flatten()]),
+        if not whole:
+            rows_sent = yield comm.all_gather_async(
+                torch.cat([x.flatten(0, 1) for x in (q, k, v)]),
                 group=self.group,
-                sizes=[sum(map(torch.Size.numel, self._shapes(plan, blocks, rank))) for rank in range(len(blocks))],
+                sizes=[sum(a * b for a, b, _ in self._shapes(plan, blocks, rank)) for rank in range(len(blocks))],
                 label=self.label,
+                wire=self.wire,
             )
-            q, k, v = self._assemble(flat, plan, blocks)
+            q, k, v = self._assemble(rows_sent, plan, blocks)
         yield Mark(self.layer_index)
         kv.append(self.layer_index, k, v, batch)
         if not len(q):
             return q.new_empty(0, me.q.size * self.head_dim)
-        back = self._ship(self._attend_context(q, batch, kv, plan), plan, blocks)
-        current = self._attend_current(own, k, v, plan, me)
-        received = yield back
-        return self._merge(current, received).flatten(1)
+        give_back = self._reduce_steps if self._reduces(len(q)) else self._ship_steps
+        back = comm.start(give_back(self._attend_context(q, batch, kv, plan), plan, blocks))
+        try:
+            current = self._attend_current(q[slice(*plan.queries[self.group.rank()]), slice(*me.q)], k, v, plan, me)
+            context = yield from back
+        finally:
+            back.close()
+        outs, masses = zip(current, *context, strict=True)
+        return merge(outs, masses)[0].flatten(1)
 
     def forward(
         self,
@@ -223,6 +243,8 @@ class QShipDecodeAttention(UlyssesAttention):
         Comm:  over `group` of N ranks, each sends its q, k and v to the others (nothing with `whole`), then of the
             heads and tokens of every other rank out and LSE: D elements and 4 bytes (8 in float64) for each head of
             a token. For the stored layout (N-1) * T_local * (H + 2 G) * D elements and (T - T_local) * H * (D + lse).
+            By "ag_rs" the LSE of all heads and tokens goes to all others instead: (N-1) * T * H * lse. To the byte,
+            for any layout: `plan.decode_volumes`.
 
         Args:
             qkv: the fused projection.
@@ -261,6 +283,7 @@ class QShipDecodeAttention(UlyssesAttention):
     def _check_cache(self, qkv: Tensor, batch: RaggedBatch, kv: PagedKV | None) -> None:
         if torch.is_grad_enabled() and qkv.requires_grad:
             raise ValueError("`qkv` must need no gradient, got one that does; use torch.no_grad(), or Ulysses to train")
+        check_wire(self.wire, qkv, "qkv")
         size, rank = self.group.size(), self.group.rank()
         if not isinstance(kv, StripedKV) or (kv.striping.ranks, kv.rank) != (size, rank):
             got = f"rank {kv.rank} of {kv.striping.ranks}" if isinstance(kv, StripedKV) else type(kv).__name__
@@ -315,21 +338,21 @@ class QShipDecodeAttention(UlyssesAttention):
         kv = torch.Size((plan.tokens[rank].size, blocks[rank].kv.size, self.head_dim))
         return torch.Size((plan.queries[rank].size, blocks[rank].q.size, self.head_dim)), kv, kv
 
-    def _assemble(self, flat: Tensor, plan: _Plan, blocks: Sequence[_Block]) -> tuple[Tensor, Tensor, Tensor]:
+    def _assemble(self, rows: Tensor, plan: _Plan, blocks: Sequence[_Block]) -> tuple[Tensor, Tensor, Tensor]:
         """What all ranks sent, put together: all queries, keys and values of the shard."""
         tokens, queries = max(r.stop for r in plan.tokens), max(r.stop for r in plan.queries)
-        q = flat.new_empty(queries, self.q_shard.size, self.head_dim)
-        k, v = (flat.new_empty(tokens, self.kv_shard.size, self.head_dim) for _ in range(2))
+        q = rows.new_empty(queries, self.q_shard.size, self.head_dim)
+        k, v = (rows.new_empty(tokens, self.kv_shard.size, self.head_dim) for _ in range(2))
         shapes = [shape for rank in range(len(blocks)) for shape in self._shapes(plan, blocks, rank)]
-        parts = iter(flat.split([shape.numel() for shape in shapes]))
+        parts = iter(rows.split([there * heads for there, heads, _ in shapes]))
         sized = iter(shapes)
         for rank, block in enumerate(blocks):
-            for whole, rows, heads in (
+            for whole, held, heads in (
                 (q, plan.queries[rank], block.q),
                 (k, plan.tokens[rank], block.kv),
                 (v, plan.tokens[rank], block.kv),
             ):
-                whole[rows.start : rows.stop, heads.start : heads.stop] = next(parts).view(next(sized))
+                whole[held.start : held.stop, heads.start : heads.stop] = next(parts).view(next(sized))
         return q, k, v
 
     def _attend_context(self, q: Tensor, batch: RaggedBatch, kv: StripedKV, plan: _Plan) -> Partial:
@@ -363,29 +386,60 @@ class QShipDecodeAttention(UlyssesAttention):
             deterministic=comm.is_deterministic(self.group),
         )
 
-    def _ship(self, partial: Partial, plan: _Plan, blocks: Sequence[_Block]) -> comm.Handle:
-        """Launch the return of every rank's tokens and heads to it, a row of `out` and LSE for each head of a token."""
-        rows = torch.cat([partial[0], partial[1][..., None].view(partial[0].dtype)], -1)
-        parts = [
-            rows[tokens.start : tokens.stop, block.q.start : block.q.stop].flatten(0, 1)
-            for tokens, block in zip(plan.queries, blocks, strict=True)
-        ]
-        mine = len(parts[self.group.rank()])
-        return comm.all_to_all_async(
+    def _reduces(self, queries: int) -> bool:
+        """Whether the partials of so many queries are added on their way."""
+        return queries >= self.exchange if isinstance(self.exchange, int) else self.exchange == "ag_rs"
+
+    def _ship_steps(self, partial: Partial, plan: _Plan, blocks: Sequence[_Block]) -> Steps[list[Partial]]:
+        """Return every rank's tokens and heads to it; all ranks' partials of this one's.
+
+        A row of `out` and LSE for each head of a token.
+        """
+        parts = _by_rank(self._pack_partial(partial), plan, blocks)
+        mine, shape = len(parts[self.group.rank()]), self._own_shape(plan, blocks)
+        rows = yield comm.all_to_all_async(
             torch.cat(parts),
             group=self.group,
             send_sizes=[len(part) for part in parts],
             recv_sizes=[mine] * len(parts),
             label=self.label,
         )
+        outs, masses = (x.unflatten(0, (len(parts), *shape)) for x in self._unpack_partial(rows, partial))
+        return list(zip(outs, masses, strict=True))
 
-    def _merge(self, current: Partial, received: Tensor) -> Tensor:
-        """The partials of all shares and that of the current tokens."""
-        out, lse = current
-        partials = received.unflatten(0, (self.group.size(), *out.shape[:2]))
-        outs, masses = partials[..., : self.head_dim], partials[..., self.head_dim :]
-        masses = masses.clone(memory_format=torch.contiguous_format).view(lse.dtype).squeeze(-1)
-        return merge([out, *outs], [lse, *masses])[0]
+    def _reduce_steps(self, partial: Partial, plan: _Plan, blocks: Sequence[_Block]) -> Steps[list[Partial]]:
+        """Add up all ranks' partials, each weighing what its LSE is of the sum; one partial of this rank's tokens."""
+        out, lse = partial
+        masses = yield comm.all_gather_async(lse[None], group=self.group, label=self.label)
+        total = masses.logsumexp(0)
+        share = (lse - total).exp().masked_fill(lse == -torch.inf, 0)  # a query without context is -inf less -inf
+        parts = _by_rank((out.to(lse.dtype) * share[..., None]).to(out.dtype), plan, blocks)
+        rank, shape = self.group.rank(), self._own_shape(plan, blocks)
+        summed = yield comm.reduce_scatter_async(
+            torch.cat(parts), group=self.group, sizes=[len(part) for part in parts], label=self.label, wire=self.wire
+        )
+        return [(summed.unflatten(0, shape), total[slice(*plan.queries[rank]), slice(*blocks[rank].q)])]
+
+    def _own_shape(self, plan: _Plan, blocks: Sequence[_Block]) -> tuple[int, int]:
+        """Queries and heads whose output this rank is to have."""
+        rank = self.group.rank()
+        return plan.queries[rank].size, blocks[rank].q.size
+
+    def _pack_partial(self, partial: Partial) -> Tensor:
+        """The LSE bit for bit in the columns beside `out`; bytes where that is encoded."""
+        out, lse = partial
+        if self.wire is None:
+            return torch.cat([out, lse[..., None].view(out.dtype)], -1)
+        coded = encode(out.flatten(0, 1), self.wire).unflatten(0, lse.shape)
+        return torch.cat([coded, lse[..., None].view(torch.uint8)], -1)
+
+    def _unpack_partial(self, rows: Tensor, like: Partial) -> Partial:
+        """Rows of `_pack_partial` as `out` and LSE, in the dtypes of `like`."""
+        width = self.head_dim if self.wire is None else encoded_width(self.head_dim, self.wire)
+        out, mass = rows[:, :width], rows[:, width:].clone(memory_format=torch.contiguous_format)
+        if self.wire is not None:
+            out = decode(out.contiguous(), self.head_dim, like[0].dtype, self.wire)
+        return out, mass.view(like[1].dtype).squeeze(-1)
 
     def _plan(self, batch: RaggedBatch, tail: Tail | None, kv: StripedKV, blocks: tuple[_Block, ...]) -> _Plan:
         queries = batch if tail is None else tail.batch
@@ -400,6 +454,14 @@ class QShipDecodeAttention(UlyssesAttention):
             context = tuple(_shares(batch, queries, kv, self.window, self._kv_head_of(self.q_shard, self.kv_shard)))
             plan = queries.plans[key] = _Plan(tokens, rows, context, current, keys)
         return plan
+
+
+def _by_rank(rows: Tensor, plan: _Plan, blocks: Sequence[_Block]) -> list[Tensor]:
+    """What of [queries, heads, ...] every rank holds, a row for each head of a query."""
+    return [
+        rows[slice(*queries), slice(*block.q)].flatten(0, 1)
+        for queries, block in zip(plan.queries, blocks, strict=True)
+    ]
 
 
 def _rows_of(tail: Tail, tokens: Range) -> Range:

@@ -5,8 +5,19 @@ such as the cuts of a prompt, which a layer or `partition.Interleave` takes.
 """
 
 from seqpar.plan.calibrate import calibrate, calibrate_layouts
+from seqpar.plan.calibrate_decode import calibrate_decode
 from seqpar.plan.costs import Curve, LayerCosts, SlotCosts
 from seqpar.plan.csa import strided_volumes
+from seqpar.plan.decode import (
+    DecodeChoice,
+    DecodeCosts,
+    MethodCosts,
+    consolidation_steps,
+    decode,
+    decode_costs,
+    decode_volumes,
+    exchange_from,
+)
 from seqpar.plan.hardware import MACHINES, Accelerator, Fabric, Machine
 from seqpar.plan.overlap import Candidate, OverlapChoice, overlap
 from seqpar.plan.prefill import ModelShape, prefill_costs
@@ -21,9 +32,12 @@ __all__ = [
     "Accelerator",
     "Candidate",
     "Curve",
+    "DecodeChoice",
+    "DecodeCosts",
     "Fabric",
     "LayerCosts",
     "Machine",
+    "MethodCosts",
     "ModelShape",
     "OverlapChoice",
     "RingCase",
@@ -37,8 +51,14 @@ __all__ = [
     "Volume",
     "bound",
     "calibrate",
+    "calibrate_decode",
     "calibrate_layouts",
     "closed_volume",
+    "consolidation_steps",
+    "decode",
+    "decode_costs",
+    "decode_volumes",
+    "exchange_from",
     "layer_volumes",
     "makespan",
     "overlap",

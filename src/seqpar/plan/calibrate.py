@@ -91,7 +91,7 @@ def calibrate(
     half = min(tokens, key=lambda size: abs(2 * size - tokens[-1]))
     probes = [*map(_Probe, tokens), _Probe(half, half)]
     takes = torch.tensor([all(layer.takes_tail() for layer in layers)])  # a hook may be on one rank alone
-    if comm.all_gather(_on_device(takes, group), group=group, label="calibrate").all():
+    if comm.all_gather(on_device(takes, group), group=group, label="calibrate").all():
         probes += [_Probe(size, last=True) for size in sorted({tokens[0], tokens[-1]})]
     bench = _Bench(layers, max(tokens[-1], 2 * half), layout)
     found: list[list[list[_Wait]]] = [[] for _ in probes]
@@ -99,7 +99,7 @@ def calibrate(
     with torch.no_grad():
         for turn in range(rounds + 1):
             for index, probe in enumerate(probes):
-                comm.all_gather(_on_device(torch.zeros(1), group), group=group, label="calibrate")  # a common start
+                comm.all_gather(on_device(torch.zeros(1), group), group=group, label="calibrate")  # a common start
                 waits, on_link = bench.run(probe)
                 simulated |= on_link
                 if turn:
@@ -159,14 +159,14 @@ def calibrate_layouts(
         for column, (size, count) in enumerate(zip(tokens, turns, strict=True)):
             for turn in range(-1, count):
                 for row, layout in enumerate(layouts):
-                    comm.all_gather(_on_device(torch.zeros(1), group), group=group, label="calibrate")  # a common start
+                    comm.all_gather(on_device(torch.zeros(1), group), group=group, label="calibrate")  # a common start
                     seconds = bench.time(size, layout)
                     if turn >= 0:
                         found[row, column, turn] = seconds
                     done += 1
                     if progress is not None:
                         progress(done, total)
-    everyone = comm.all_gather(_on_device(found[None], group), group=group, label="calibrate").cpu()
+    everyone = comm.all_gather(on_device(found[None], group), group=group, label="calibrate").cpu()
     best = (everyone.amax(dim=0).amin(dim=2).double() * num_layers / len(layers)).tolist()
     where = f"{group.size()} rank(s) of {bench.x.device.type}"
     return StepCosts(
@@ -224,11 +224,11 @@ class _Bench:
         batch = self.kv.batch([0], [tokens])
         cos, sin = self.cos[:tokens], self.sin[:tokens]
         x = self.x[: self._local(self.layers[0], tokens)].contiguous()
-        _finish(x)
+        finish(x)
         start = time.perf_counter()
         for layer in self.layers:
             x = layer(x, batch, cos, sin, self.kv, layout=layout)
-        _finish(x)
+        finish(x)
         return time.perf_counter() - start
 
     def _clear(self) -> None:
@@ -322,7 +322,7 @@ def _agreed(found: list[list[list[_Wait]]], group: ProcessGroup) -> list[list[Me
     if not found:
         return []
     mine = torch.tensor([[[wait[1:] for wait in waits] for waits in rounds] for rounds in found], dtype=torch.float64)
-    everyone = comm.all_gather(_on_device(mine[None], group), group=group, label="calibrate").cpu()
+    everyone = comm.all_gather(on_device(mine[None], group), group=group, label="calibrate").cpu()
     compute = everyone[..., 0].amin(dim=2).amax(dim=0)
     waited = everyone[..., 1].amin(dim=(0, 2))
     return [list(zip(*both, strict=True)) for both in zip(compute.tolist(), waited.tolist(), strict=True)]
@@ -362,13 +362,13 @@ def _slot(
     return SlotCosts(Curve(tokens, compute), Curve(tokens, comms) if any(comms) else None, per_pair_s)
 
 
-def _finish(x: Tensor) -> None:
+def finish(x: Tensor) -> None:
     """Wait for what was launched on the device of `x`."""
     if x.is_cuda:
         torch.cuda.synchronize()
 
 
-def _on_device(x: Tensor, group: ProcessGroup) -> Tensor:
+def on_device(x: Tensor, group: ProcessGroup) -> Tensor:
     """`x` where the group can send it from."""
     return x if torch.device("cpu") in group._device_types else x.cuda()
 
