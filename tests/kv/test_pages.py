@@ -81,7 +81,7 @@ class Pages(RuleBasedStateMachine):
 
     @rule(page=st.integers(0, 6))
     def forget(self, page: int) -> None:
-        self.pages.forget(page)
+        self.pages.forget([page, -1])
         self.keys.pop(page, None)
         self.idle = [other for other in self.idle if other != page]
 

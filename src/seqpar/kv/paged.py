@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int64
@@ -40,6 +41,25 @@ class _Request:
     pages: list[int] = field(default_factory=list)
     length: int = 0
     keys: list[bytes] = field(default_factory=list)
+
+
+class _Room(NamedTuple):
+    """What new tokens need before they can be written.
+
+    Attributes:
+        lacking: how many pages requests are to be given; new requests are named in any case.
+        copied: requests that go on in a page which others hold too.
+        written: pages of one holder whose contents change.
+    """
+
+    lacking: dict[Hashable, int]
+    copied: list[Hashable]
+    written: list[int]
+
+    @property
+    def wanted(self) -> int:
+        """Free pages that this takes."""
+        return sum(self.lacking.values()) + len(self.copied)
 
 
 class PagedKV:
@@ -166,8 +186,7 @@ class PagedKV:
         Raises:
             ValueError: a request may never hold as many pages, or a number is negative.
         """
-        lacking, copied = self._lacking(q_lens)
-        return sum(lacking) + len(copied)
+        return self._room(q_lens).wanted
 
     def reserve(self, q_lens: Mapping[Hashable, int]) -> None:
         """Find room for that many more tokens of each request; one that is not held yet begins empty.
@@ -176,19 +195,17 @@ class PagedKV:
             OutOfPages: not all of them fit; then nothing has changed.
             ValueError: a request may never hold as many pages, or a number is negative; likewise.
         """
-        lacking, copied = self._lacking(q_lens)
-        wanted = sum(lacking) + len(copied)
-        if wanted > self.free_pages:
+        room = self._room(q_lens)
+        if room.wanted > self.free_pages:
             raise OutOfPages(
                 f"out of pages: the new tokens must fit into the free pages ({self.free_pages} of {self.num_pages}, "
-                f"{self.page_size} tokens each), got {wanted} wanted; free requests or grow the cache"
+                f"{self.page_size} tokens each), got {room.wanted} wanted; free requests or grow the cache"
             )
-        for request in copied:
+        for request in room.copied:
             self._take_copy(self._requests[request])
-        for (request, new), count in zip(q_lens.items(), lacking, strict=True):
+        self._allocator.forget(room.written)
+        for request, count in room.lacking.items():
             held = self._requests.setdefault(request, _Request(self.version))
-            if new and held.length % self.page_size:
-                self._allocator.forget(held.pages[held.length // self.page_size])
             held.pages += self._allocator.alloc(count)
 
     def batch(
@@ -540,8 +557,7 @@ class PagedKV:
 
     def _forget_keys(self) -> None:
         """Let no page be found by its tokens any more."""
-        for page in self._allocator.remembered:
-            self._allocator.forget(page)
+        self._allocator.forget(self._allocator.remembered)
         for held in self._requests.values():
             held.keys = []
 
@@ -575,31 +591,33 @@ class PagedKV:
     def _pages_for(self, length: int) -> int:
         return -(-length // self.page_size)
 
-    def _lacking(self, q_lens: Mapping[Hashable, int]) -> tuple[list[int], list[Hashable]]:
-        """Pages that each request lacks for its new tokens, and the requests that must copy the page they go on in.
+    def _room(self, q_lens: Mapping[Hashable, int]) -> _Room:
+        """What is to be done before those new tokens can be written.
 
-        Of those that go on in one page, the last needs no copy where nobody else is left to hold it.
+        Of the requests that go on in one page, the last needs no copy where nobody else is left to hold it.
         """
-        lacking, copied = [], []
-        leaving: Counter[int] = Counter()
+        room, leaving, size = _Room({}, [], []), Counter[int](), self.page_size
         for request, new in q_lens.items():
             held = self._requests.get(request) or _Request(self.version)
-            lacking.append(max(0, self._pages_wanted(request, held.length, new) - len(held.pages)))
-            if new and held.length % self.page_size:
-                page = held.pages[held.length // self.page_size]
-                if self._allocator.holders(page) - leaving[page] > 1:
+            self._check_length(request, held.length, new)
+            short = self._pages_for(held.length + new) - len(held.pages)
+            if short > 0 or request not in self._requests:
+                room.lacking[request] = max(0, short)
+            if new and held.length % size:
+                page = held.pages[held.length // size]
+                if self._allocator.holders(page) > 1 + leaving[page]:
                     leaving[page] += 1
-                    copied.append(request)
-        return lacking, copied
+                    room.copied.append(request)
+                else:
+                    room.written.append(page)
+        return room
 
-    def _pages_wanted(self, request: Hashable, length: int, new: int) -> int:
-        """Pages of a request once it has that many more tokens."""
+    def _check_length(self, request: Hashable, length: int, new: int) -> None:
+        """Refuse a request that would be longer than any may be."""
         if new < 0:
             raise ValueError(f"`q_lens` must be at least 0, got {new} for request {request!r}")
-        pages = self._pages_for(length + new)
-        if self.pages_per_request is not None and pages > self.pages_per_request:
+        if self.pages_per_request is not None and length + new > self.pages_per_request * self.page_size:
             raise ValueError(
                 f"out of pages: a request must fit into {self.pages_per_request} pages of {self.page_size} tokens, "
                 f"got {length} + {new} tokens for request {request!r}; grow `page_size`"
             )
-        return pages

@@ -123,12 +123,12 @@ class PageAllocator:
         if not self._is_held(page):
             raise ValueError(f"`page` must be held to be remembered, got {page}")
         if key not in self._pages:
-            self.forget(page)
+            self.forget([page])
             self._keys[page], self._pages[key] = key, page
 
-    def forget(self, page: int) -> None:
-        """Let a page be found no more, because its contents are to change."""
-        if page in self._keys:
+    def forget(self, pages: Iterable[int]) -> None:
+        """Let pages be found no more, because their contents are to change."""
+        for page in self._keys.keys() & pages:
             del self._pages[self._keys.pop(page)]
             if page in self._idle:
                 del self._idle[page]
@@ -168,7 +168,7 @@ class PageAllocator:
                 raise ValueError(f"`moves` must go from held pages to free ones, got {source} to {target}")
             holders[source], holders[target] = 0, holders[source]
         for source, target in moves:
-            self.forget(target)
+            self.forget([target])
             if source in self._keys:
                 key = self._keys.pop(source)
                 self._keys[target], self._pages[key] = key, target
