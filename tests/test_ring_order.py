@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from seqpar.partition import Placement, Range, RingOrder, Run, place_tokens, ring_peers
+from seqpar.partition import Held, Placement, Range, RingOrder, Run, gather_held, head_parts, place_tokens, ring_peers
 from tests.kernels.own_errors import own_errors
 
 RANKS = st.integers(1, 5)
@@ -219,3 +219,48 @@ def test_zigzag_without_a_window_needs_no_mask() -> None:
         assert [len(order.tiles(held[rank][:1], order.keys_at((rank - hop) % 4, hop)[:1])) for hop in range(1, 4)] == [
             1
         ] * 3
+
+
+@given(orders(), st.integers(1, 3))
+@settings(deadline=None)
+def test_rows_hold_what_their_ranks_hold(args: Args, columns: int) -> None:
+    """Cached tokens of one placement and new ones of another, of rows of so many ranks."""
+    order = order_of({**args, "ranks": args["ranks"] * columns})
+    rows = gather_held(order.kv, columns)
+    assert len(rows) == args["ranks"]
+    for row, requests in enumerate(rows):
+        for request, runs in enumerate(requests):
+            ranks = order.kv[row * columns : (row + 1) * columns]
+            wanted = sorted(p for own in ranks for run in own[request] for p in run.positions)
+            assert sorted(p for run in runs for p in run.positions) == wanted
+            assert len(runs) <= sum(len(own[request]) for own in ranks)
+
+
+def over(num_tokens: int, ranks: int, placement: Placement, interleave: int = 1) -> Held:
+    return tuple((runs,) for runs in place_tokens(num_tokens, ranks, placement, interleave=interleave))
+
+
+@pytest.mark.parametrize("columns", [1, 2, 3])
+def test_rows_are_placed_as_ranks_of_a_smaller_ring(columns: int) -> None:
+    for placement, width in (("contiguous", 1), ("zigzag", 1), ("striped", 1), ("striped", 2)):
+        even = 12 * columns * 3
+        rows = gather_held(over(even, 3 * columns, placement, width), columns)
+        held = over(even, 3, placement, width * columns if placement == "striped" else 1)
+        assert [[flat([runs]) for runs in row] for row in rows] == [[flat([runs]) for runs in row] for row in held]
+        assert all(len(row[0]) <= len(own[0]) for row, own in zip(rows, held, strict=True))
+    later = [place_tokens(9, 4, "striped", first=5)[rank] for rank in range(4)]
+    twice = tuple(((*own[0], *more),) for own, more in zip(over(5, 4, "striped"), later, strict=True))
+    assert [len(row[0]) for row in gather_held(twice, 2)] == [1, 1]  # chunks of stripes join, too
+
+
+def test_heads_in_parts_by_hand() -> None:
+    parts = head_parts(Range(0, 6), 4, 4)  # 6 heads of 4 to a KV head
+    assert [(tuple(p.q), tuple(p.kv)) for p in parts] == [
+        ((0, 2), (0, 1)),
+        ((2, 4), (0, 1)),
+        ((4, 5), (1, 2)),
+        ((5, 6), (1, 2)),
+    ]
+    assert [tuple(p.kv) for p in head_parts(Range(3, 6), 2, 2)] == [(1, 3), (2, 3)]
+    with own_errors(), pytest.raises(ValueError, match=r"`parts` must be at least 1 and at most .* \(2\), got 3"):
+        head_parts(Range(0, 2), 1, 3)

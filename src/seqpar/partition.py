@@ -21,6 +21,7 @@ from typing import Literal, NamedTuple
 __all__ = [
     "GraphKey",
     "GraphKeys",
+    "GridOrder",
     "HeadMap",
     "HeadPart",
     "Held",
@@ -39,6 +40,8 @@ __all__ = [
     "block_ranges",
     "even_ranges",
     "even_split",
+    "gather_held",
+    "head_parts",
     "layout_names",
     "piece_ranges",
     "place_tokens",
@@ -646,6 +649,28 @@ class HeadMap:
         return tuple(found)
 
 
+def head_parts(heads: Range, group_size: int, parts: int) -> tuple[HeadPart, ...]:
+    """Query heads in even parts, each with the KV heads that it reads; those at a border are in both parts.
+
+    >>> [(tuple(part.q), tuple(part.kv)) for part in head_parts(Range(0, 6), 4, 2)]
+    [((0, 3), (0, 1)), ((3, 6), (0, 2))]
+
+    Args:
+        heads: the query heads.
+        group_size: that share one KV head.
+        parts: how many.
+
+    Raises:
+        ValueError: fewer heads than parts.
+    """
+    if not 1 <= parts <= heads.size:
+        raise ValueError(
+            f"`parts` must be at least 1 and at most the number of query heads ({heads.size}), got {parts}"
+        )
+    even = [part.shift(heads.start) for part in even_ranges(heads.size, parts)]
+    return tuple(HeadPart(q, Range(q.start // group_size, (q.stop - 1) // group_size + 1)) for q in even)
+
+
 def _merged(*runs: Sequence[Range]) -> tuple[Range, ...]:
     """The ranges of all runs in order, neighbours that touch joined."""
     joined: list[Range] = []
@@ -732,6 +757,46 @@ def place_tokens(
         return tuple((Run(*r.shift(first)),) for r in even_ranges(num_tokens, ranks))
     chunks = [Run(*r.shift(first)) for r in even_ranges(num_tokens, 2 * ranks)]
     return tuple((chunks[rank], chunks[-1 - rank]) for rank in range(ranks))
+
+
+def gather_held(held: Held, ranks: int) -> Held:
+    """What each `ranks` neighbours hold together, with runs that continue each other made one; [row][request].
+
+    Neighbouring slices and chunks become one, and so do neighbouring stripes: a row of `place_tokens` is what
+    `place_tokens` over the rows would be, up to where slices are cut. Of one rank it is what that holds, as it is.
+    """
+    if ranks == 1:
+        return held
+    return tuple(
+        tuple(
+            _join_runs([run for own in requests for run in own])
+            for requests in zip(*held[at : at + ranks], strict=True)
+        )
+        for at in range(0, len(held), ranks)
+    )
+
+
+def _join_runs(runs: Sequence[Run]) -> tuple[Run, ...]:
+    found = [run for run in runs if run.size]
+    for _ in range(2):  # what continues a run first, and only then its neighbour beside it
+        rest, found = sorted(found, key=lambda r: (r.step, r.start, r.first)), []
+        for run in rest:
+            joined = _join(found[-1], run) if found else None
+            found[-1:] = [*found[-1:], run] if joined is None else [joined]
+    return tuple(sorted(found, key=lambda r: r.position(0)))
+
+
+def _join(a: Run, b: Run) -> Run | None:
+    """Both as one run, where there is one."""
+    if (a.start, a.step, a.width) == (b.start, b.step, b.width):
+        return a._replace(stop=b.stop) if a.stop == b.first else None
+    if a.step != b.step or a.start + a.width != b.start:
+        return None
+    low, high = min(a.position(0), b.position(0)), max(r.position(r.size - 1) for r in (a, b)) + 1
+    width = a.width + b.width
+    whole = Run(0, (high // a.step + 1) * width, a.start, a.step, width)
+    both = whole.take(Range(whole.below(low), whole.below(high)))
+    return both if both.size == a.size + b.size else None
 
 
 def ring_peers(rank: int, ranks: int) -> tuple[int, int]:
@@ -873,6 +938,25 @@ class RingOrder:
     def _rows_seeing(self, q: Run, request: int, rank: int) -> Range:
         found = [self.visible(q, k) for k in self.kv[rank][request]]
         return _hull([each[0] for each in found if each])
+
+
+class GridOrder(NamedTuple):
+    """What a hybrid of Ulysses and a ring has to move: neighbours exchange heads, rows of them form a ring.
+
+    Attributes:
+        ring: of the rows (`gather_held`).
+        tokens: new ones that each rank holds.
+        cached: earlier ones that each rank holds.
+    """
+
+    ring: RingOrder
+    tokens: tuple[int, ...]
+    cached: tuple[int, ...]
+
+    @property
+    def columns(self) -> int:
+        """Ranks of a row."""
+        return len(self.tokens) // self.ring.ranks
 
 
 def _hull(ranges: Sequence[Range]) -> Range:

@@ -201,3 +201,28 @@ def shifted_replica(rank, p):
 
 def test_a_replica_shifts_alone():
     run_ranks(4, shifted_replica, isolated=True)
+
+
+def split(mesh):
+    """Rows and columns of the group, which sum as it does; a split that is none is refused on every rank."""
+    group = comm.groups(mesh).sp
+    whole = dist.get_process_group_ranks(group)
+    for inner in (1, 2, 4):
+        grid = comm.split_groups(group, inner)
+        row, column = divmod(group.rank(), inner)
+        assert grid.whole is group
+        assert dist.get_process_group_ranks(grid.inner) == whole[row * inner : (row + 1) * inner]
+        assert dist.get_process_group_ranks(grid.outer) == whole[column::inner]
+        assert (grid.inner.rank(), grid.outer.rank()) == (column, row)
+        assert comm.is_deterministic(grid.inner) == comm.is_deterministic(grid.outer) == comm.is_deterministic(group)
+        total = comm.all_reduce(torch.tensor([float(group.rank())]), group=grid.outer)
+        assert total.item() == sum(range(4)[column::inner])
+    assert comm.split_groups(group, 4).inner is group and comm.split_groups(group, 1).outer is group
+    for inner in (0, 3):
+        with pytest.raises(ValueError, match=rf"`inner` must be at least 1 and divide the 4 ranks of .*, got {inner}"):
+            comm.split_groups(group, inner)
+
+
+def test_a_group_splits_into_rows_and_columns():
+    run_mesh((1, 4), split)
+    run_mesh((1, 4), split, deterministic=True)

@@ -84,14 +84,17 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos[:, None] + turned * sin[:, None]
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
-    """One request: q [T, H, D], k and v [T, G, D]."""
+def attend(q: Tensor, k: Tensor, v: Tensor, window: int | None, sinks: Tensor | None = None) -> Tensor:
+    """One request: q [T, H, D], k and v [T, G, D], a sink for each of H heads."""
     ratio = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(ratio, 1), v.repeat_interleave(ratio, 1)
     scores = torch.einsum("qhd,khd->hqk", q, k) * q.shape[-1] ** -0.5
     age = torch.arange(len(q))[:, None] - torch.arange(len(q))
     visible = (age >= 0) & (age < (window or len(q)))
-    return torch.einsum("hqk,khd->qhd", scores.masked_fill(~visible, -torch.inf).softmax(-1), v)
+    scores = scores.masked_fill(~visible, -torch.inf)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks[:, None, None].expand(-1, len(q), 1)], -1)
+    return torch.einsum("hqk,khd->qhd", scores.softmax(-1)[..., : len(k)], v)
 
 
 def rope(positions: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from seqpar import comm, plan
+from seqpar.kernels.quantize import decode, encode
 from seqpar.kv import StripedKV
-from seqpar.layers import CachedKV, RingAttention
+from seqpar.layers import CachedKV, HeadParameter, RingAttention, sync_gradients
 from seqpar.layers import ring as ring_module
 from seqpar.partition import HeadMap, Placement, Striping, place_tokens
 from seqpar.ragged import RaggedBatch
@@ -79,12 +80,12 @@ def inputs(case: Case, dtype: torch.dtype = torch.float64) -> tuple[list[list[Te
     return full, seeds
 
 
-def expected(case: Case, full: list[list[Tensor]]) -> list[Tensor]:
+def expected(case: Case, full: list[list[Tensor]], sinks: Tensor | None = None) -> list[Tensor]:
     """Attention of each request in one process; queries are those of its last tokens."""
     outs = []
     for q, k, v in full:
         old = len(k) - len(q)
-        outs.append(attend(torch.cat([q.new_zeros(old, *q.shape[1:]), q]), k, v, case.window)[old:])
+        outs.append(attend(torch.cat([q.new_zeros(old, *q.shape[1:]), q]), k, v, case.window, sinks)[old:])
     return outs
 
 
@@ -127,11 +128,14 @@ def local(
 
 
 def equal(mesh: comm.DeviceMesh, case: Case) -> None:
-    groups = comm.groups(mesh)
-    core = layer(case, groups)
+    compare(case, layer(case, comm.groups(mesh)))
+
+
+def compare(case: Case, core: RingAttention, sinks: Tensor | None = None) -> None:
+    """Output and all gradients but those of the sinks, which the oracle's are left in."""
     full, seeds = inputs(case)
     batch, new, cached = local(case, core, full)
-    outs = expected(case, full)
+    outs = expected(case, full, sinks)
     (torch.cat(outs) * torch.cat(seeds)).sum().backward()
     rows = core.rows(batch)
     out = core(*new, batch, cached)
@@ -143,7 +147,7 @@ def equal(mesh: comm.DeviceMesh, case: Case) -> None:
         grad = torch.cat([x[i].grad[len(x[i]) - len(x[0]) :] for x in full])  # type: ignore[index]
         torch.testing.assert_close(mine.grad, grad[rows], rtol=1e-10, atol=1e-11)
     if cached is not None:
-        own = [[p for run in request for p in run.positions] for request in cached.held[groups.sp.rank()]]
+        own = [[p for run in request for p in run.positions] for request in cached.held[core.group.rank()]]
         for mine, i in ((cached.k, 1), (cached.v, 2)):
             grad = torch.cat([x[i].grad[p] for x, p in zip(full, own, strict=True)])  # type: ignore[index]
             torch.testing.assert_close(mine.grad, grad, rtol=1e-10, atol=1e-11)
@@ -291,6 +295,92 @@ def test_bytes_are_those_of_the_formulas() -> None:
     assert [n for n, *_ in sent] == [18 * (q + back)] * 4 and {calls for *_, calls in sent} == {6}
 
 
+SINKS = [
+    Case("zigzag", "kv", past=PAST),
+    Case("striped", "q", window=5, interleave=2),
+    Case("contiguous", "q", "mqa", q_lens=(2, 1)),
+]
+
+
+def sinks_of(case: Case, groups: comm.Groups, flat: bool) -> tuple[Tensor, HeadParameter]:
+    """The oracle's, and ours: stored by the flat map, which needs a head for every rank, or by the ranks of tp."""
+    torch.manual_seed(4)
+    oracle = (2 * torch.randn(HEADS[case.heads][0], dtype=torch.float64)).requires_grad_()
+    heads = HeadMap(*HEADS[case.heads], groups.layout.tp, groups.layout.sp if flat else 1)
+    return oracle, HeadParameter.from_tensor("sinks", oracle, heads=heads, group=groups.flat if flat else groups.tp)
+
+
+def drained(mesh: comm.DeviceMesh, cases: list[Case]) -> None:
+    groups = comm.groups(mesh)
+    for case in cases:
+        for flat in (True, False):
+            oracle, sinks = sinks_of(case, groups, flat)
+            with_sinks(case, layer(case, groups, sinks=sinks), oracle, groups)
+
+
+def with_sinks(case: Case, core: RingAttention, oracle: Tensor, groups: comm.Groups) -> None:
+    """Gradients of the sinks need no sum where they are stored once, and one over sp where every rank has them."""
+    compare(case, core, oracle)
+    assert core.sinks is not None and list(core.state_dict()) == ["sinks"]
+    flat = core.sinks.heads.sp == groups.layout.sp
+    with comm.record() as sent:
+        sync_gradients(core.sinks, groups)
+    assert (sent.total.calls == 0) == (flat or groups.layout.sp == 1)
+    own, grad = core.sinks.heads.q_ranges[core.sinks.group.rank()], oracle.grad
+    assert grad is not None
+    torch.testing.assert_close(core.sinks.weight.grad, grad[slice(*own)], rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_sinks_are_added_once_with_gradients(ranks: int) -> None:
+    run_mesh((1, ranks), drained, SINKS)
+
+
+def coded(mesh: comm.DeviceMesh, wire: comm.Wire) -> None:
+    """Keys in a wire format are keys that were rounded before; queries too, but for what the answers lose."""
+    groups = comm.groups(mesh)
+    for method in ("kv", "q"):
+        case = Case(method=method, past=PAST, heads="gqa")
+        full, seeds = inputs(case, torch.float32)
+        cores = [layer(case, groups, wire=choice) for choice in (wire, None)]
+        batch, new, cached = local(case, cores[0], full)
+        assert cached is not None
+        seed, sides = torch.cat(seeds)[cores[0].rows(batch)], []
+        for core in cores:
+            mine = [x.detach().clone() for x in (*new, cached.k, cached.v)]
+            if core.wire is None and groups.layout.sp > 1:
+                mine = [x if (i == 0) == (method == "kv") else rounded(x, wire) for i, x in enumerate(mine)]
+            mine = [x.requires_grad_() for x in mine]
+            with comm.record() as sent:
+                out = core(*mine[:3], batch, cached._replace(k=mine[3], v=mine[4]))
+            with comm.record() as back:
+                (out * seed).sum().backward()
+            sides.append([out.detach(), *(x.grad for x in mine)])
+            options = {"num_heads": 6, "num_kv_heads": 2, "head_dim": DIM, "itemsize": 4, "wire": core.wire}
+            order = core.order(batch, cached)
+            for found, backward in ((sent, False), (back, True)):
+                volumes = plan.ring_volumes(order, method, **options, backward=backward)
+                assert found.total.num_bytes == volumes[groups.sp.rank()]
+        exact = method == "kv" or groups.layout.sp == 1
+        for i, (ours, plain) in enumerate(zip(*sides, strict=True)):
+            assert ours is not None and plain is not None
+            error = float((ours - plain).norm() / plain.norm()) if plain.norm() else 0.0
+            no_answer = exact or i in (3, 5)  # gradients of values need log-sum-exps alone
+            assert error == 0 if no_answer else error < {"int8": 0.02, "fp8": 0.08}[wire]
+        assert exact or not torch.equal(sides[0][0], sides[1][0])
+
+
+def rounded(x: Tensor, wire: comm.Wire) -> Tensor:
+    rows = x.detach().reshape(-1, DIM)
+    return decode(encode(rows, wire), DIM, x.dtype, wire).view_as(x)
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+@pytest.mark.parametrize("wire", ["int8", "fp8"])
+def test_wire_formats_round_what_travels_and_send_fewer_bytes(wire: comm.Wire, ranks: int) -> None:
+    run_mesh((1, ranks), coded, wire)
+
+
 class Timed:
     """`tile_attention` and `attention` that take a second for every query and key in virtual time."""
 
@@ -334,11 +424,14 @@ def test_transfers_hide_under_attention() -> None:
 def refusals(mesh: comm.DeviceMesh) -> None:
     groups = comm.groups(mesh)
     heads = HeadMap(4, 2)
+    others = HeadParameter("sinks", HeadMap(6, 2), group=groups.tp)
     for options, message in (
         ({"method": "v"}, None),
         ({"window": 0}, "`window` must be at least 1 key or None, got 0"),
         ({"tp_rank": 1}, r"`tp_rank` must lie in \[0, 1\), got 1"),
         ({"interleave": 2}, "`interleave` must be at least 1, and 1 unless striped, got 2 for zigzag"),
+        ({"wire": "int4"}, None),
+        ({"sinks": others}, r"`sinks` must be a number for each of the heads \[0, 4\] of tp rank 0 of HeadMap"),
     ):
         with pytest.raises(Exception, match=message):
             RingAttention(heads, DIM, group=groups.sp, **options)
@@ -360,6 +453,8 @@ def refusals(mesh: comm.DeviceMesh) -> None:
             core(q, kv, kv, longer, CachedKV.placed(past, past, [2], 1, "contiguous"))
         with pytest.raises(ValueError, match=r"`cached.k` and `cached.v` must be \[1, 2, 4\] in torch.float32"):
             core(q, kv, kv, longer, cached._replace(k=past[:, :1]))
+        with pytest.raises(ValueError, match="`q` must be float32, bfloat16 or float16 to travel in a wire format"):
+            RingAttention(heads, DIM, group=groups.sp, wire="int8")(q.double(), kv.double(), kv.double(), batch)
     assert sent.total.calls == 0
 
 

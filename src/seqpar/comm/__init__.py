@@ -36,7 +36,16 @@ from seqpar.comm.graphs import StepGraphs
 from seqpar.comm.handle import CommError, Handle, Mark
 from seqpar.comm.intervals import Interval
 from seqpar.comm.link import LINK_PRESETS, LinkCosts, SimulatedLink
-from seqpar.comm.mesh import Groups, describe, groups, init_mesh, is_deterministic, layout_groups
+from seqpar.comm.mesh import (
+    Groups,
+    SplitGroups,
+    describe,
+    groups,
+    init_mesh,
+    is_deterministic,
+    layout_groups,
+    split_groups,
+)
 from seqpar.comm.record import Count, Recorder, record
 from seqpar.comm.replay import check_schedule
 from seqpar.comm.report import Exposure, TraceReport, TraceSlot
@@ -61,6 +70,7 @@ __all__ = [
     "ProcessGroup",
     "Recorder",
     "SimulatedLink",
+    "SplitGroups",
     "StepGraphs",
     "Steps",
     "Trace",
@@ -105,6 +115,7 @@ __all__ = [
     "send_recv_steps",
     "seq_to_heads",
     "seq_to_heads_steps",
+    "split_groups",
     "splits",
     "start",
     "trace",

@@ -18,7 +18,16 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from seqpar.partition import Layout, layout_names
 
-__all__ = ["Groups", "describe", "groups", "init_mesh", "is_deterministic", "layout_groups"]
+__all__ = [
+    "Groups",
+    "SplitGroups",
+    "describe",
+    "groups",
+    "init_mesh",
+    "is_deterministic",
+    "layout_groups",
+    "split_groups",
+]
 
 AXES = ("tp", "sp")
 FLAT = "tp_sp"
@@ -39,6 +48,20 @@ class Groups(NamedTuple):
     tp: ProcessGroup
     sp: ProcessGroup
     flat: ProcessGroup
+
+
+class SplitGroups(NamedTuple):
+    """A group as a grid of rows: rank r * inner.size() + c of `whole` is column c of row r.
+
+    Attributes:
+        whole: all of it.
+        inner: this rank's row, neighbours in `whole`.
+        outer: this rank's column, a rank of every row.
+    """
+
+    whole: ProcessGroup
+    inner: ProcessGroup
+    outer: ProcessGroup
 
 
 def init_mesh(
@@ -132,6 +155,32 @@ def layout_groups(base: Groups, layouts: Sequence[Layout] | None = None) -> dict
         )
         found[layout] = Groups(layout, tp, sp, base.flat)
     return found
+
+
+def split_groups(group: ProcessGroup, inner: int) -> SplitGroups:
+    """The rows of `inner` neighbours in a group, and the columns across them: two smaller groups for each rank.
+
+    Every rank of `group` calls it with the same arguments, once for all layers that use the split; others need not. The
+    groups have its timeout, and reduce as it does. One that would have all of its ranks is `group` itself.
+
+    Args:
+        group: what to split. Neighbours in it are those with the faster links, by the order of a mesh.
+        inner: ranks of a row.
+
+    Raises:
+        ValueError: rows that do not divide the group; no group has been made then.
+    """
+    size = group.size()
+    if inner < 1 or size % inner:
+        raise ValueError(f"`inner` must be at least 1 and divide the {size} ranks of {describe(group)}, got {inner}")
+    ranks = dist.get_process_group_ranks(group)
+    made = {tuple(ranks): group}
+    first, column = group.rank() // inner * inner, group.rank() % inner
+    row, across = (
+        _local_group(f"{name} of {inner} in {group.group_desc}", tuple(of), group, made)
+        for name, of in (("row", ranks[first : first + inner]), ("column", ranks[column::inner]))
+    )
+    return SplitGroups(group, row, across)
 
 
 def _local_group(

@@ -39,6 +39,7 @@ from seqpar.layers.striped import (
 )
 from seqpar.layers.threephase import PipelinedUlysses
 from seqpar.layers.ulysses import UlyssesAttention
+from seqpar.layers.usp import USPAttention
 
 __all__ = [
     "CSAAttention",
@@ -66,6 +67,7 @@ __all__ = [
     "ShardedModule",
     "Source",
     "Strided",
+    "USPAttention",
     "UlyssesAttention",
     "VocabParallelEmbedding",
     "gather_rows",

@@ -3,6 +3,9 @@
 A rank owns the same query heads under every layout of the same ranks (`HeadMap.q_ranges`, by flat rank), and sees all
 tokens of them. So an entry is stored once in all, by the rank that uses it; a shift moves none, and no gradient needs a
 sum. That is another placement than that of the projections, which sequence ranks hold a tensor-parallel shard of.
+
+Rings have more ranks than a model may have heads, and each of them computes all heads of its shard. For those the map
+is split over tensor-parallel ranks alone, and the sequence ranks hold the same entries, as they do of projections.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ class HeadParameter(ShardedModule):
         name: what the tensor is called in the unsharded layer.
         heads: who owns which heads.
         shape: of one entry.
-        group: all ranks of `heads`, in flat order (`Groups.flat`).
+        group: all ranks of `heads`, in flat order: `Groups.flat`, or `Groups.tp` for a map that is split over tp alone.
 
     Raises:
         ValueError: `group` has another size than `heads`.
@@ -75,7 +78,7 @@ class HeadParameter(ShardedModule):
         return {self.name: Source((self.heads.num_heads, *self.shape), "weight", pieces)}
 
     def gradient_groups(self, param: str, groups: Groups) -> tuple[ProcessGroup, ...]:
-        return ()
+        return () if self.heads.size == groups.layout.size else (groups.sp,)
 
     def extra_repr(self) -> str:
         return f"{self.name}, {tuple(self.weight.shape)} of {(self.heads.num_heads, *self.shape)}"

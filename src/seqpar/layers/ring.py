@@ -11,13 +11,17 @@ host integers (`partition.RingOrder`), once for a batch, and is the same on ever
   end, in an all-to-all that nothing hides.
 * A token travels only as far as some rank needs it. Under a causal mask contiguous slices stop at the last rank; under
   a window a slice is cut to the keys that the next rank still sees. Nothing is padded.
-* Partials are merged in float32 (float64 for float64).
+* Partials are merged in float32 (float64 for float64), and sinks join at the end, once.
+* In a wire format the keys, or the queries, are encoded once, where they are, and travel on as they came. Every rank
+  computes with what the others got of them, its own too. Answers are rounded on their way, those of the own keys not.
 
 The backward pass is a ring as well, whichever way the forward went: keys and values go round again, and their
 gradients, in the dtype of the log-sum-exp, go home from every rank that saw them, each under the next block's work. So
 it sends what pass-KV does, and about as many elements of gradients; memory is that of two blocks and their gradients.
 Two others lost: a composition of differentiable steps keeps every received block and the scores of every tile;
-gradients that follow their keys round take a hop more, also those of tokens that a window has long left behind.
+gradients that follow their keys round take a hop more, also those of tokens that a window has long left behind. What
+travelled in a wire format does so again, so that gradients are of the numbers that were used; they themselves travel as
+they are, straight through the rounding.
 
 Masks by positions cost one call for each block of 128 rows: striped placements, and windows. Contiguous and zig-zag
 prompts without a window have none: their pairs of chunks are seen whole, or causal, or not at all.
@@ -30,7 +34,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Float, Int64
@@ -39,11 +43,14 @@ from torch.autograd.function import once_differentiable
 
 from seqpar import comm
 from seqpar.comm import ProcessGroup, Steps
-from seqpar.kernels import attention, merge, tile_attention, tile_gradients
+from seqpar.kernels import add_sinks, attention, merge, tile_attention, tile_gradients
+from seqpar.kernels.quantize import Wire, check_wire, decode, encode, encoded_width
+from seqpar.layers.base import drop_child_names
+from seqpar.layers.heads import HeadParameter
 from seqpar.partition import HeadMap, Held, Placement, Range, RingOrder, Run, Tile, place_tokens, ring_peers
 from seqpar.ragged import RaggedBatch
 
-__all__ = ["CachedKV", "PlacedAttention", "RingAttention"]
+__all__ = ["CachedKV", "PlacedAttention", "RingAttention", "RingCore", "attend_steps"]
 
 T = TypeVar("T")
 Method = Literal["kv", "q"]
@@ -67,6 +74,21 @@ class CachedKV(NamedTuple):
     ) -> CachedKV:
         """That many tokens of each request, laid out by one placement."""
         return cls(k, v, _over(lens, [0] * len(lens), ranks, placement, interleave))
+
+
+class RingCore(NamedTuple):
+    """The ranks of a ring, the heads that each of them computes, and how.
+
+    `kv_head_of` has the KV head that each query head reads, of those here.
+    """
+
+    group: ProcessGroup
+    method: Method
+    head_dim: int
+    kv_head_of: tuple[int, ...]
+    softmax_scale: float
+    wire: Wire | None
+    label: str
 
 
 class PlacedAttention(nn.Module):
@@ -122,6 +144,11 @@ class PlacedAttention(nn.Module):
         order: RingOrder = batch.plans[key]
         return order
 
+    def ring_core(self) -> RingCore:
+        """What a ring of these ranks and heads computes with."""
+        label = self.label or "ring"
+        return RingCore(self.group, "kv", self.head_dim, self.kv_head_of, self.softmax_scale, None, label)
+
     def _held(self, batch: RaggedBatch) -> Held:
         firsts = [keys - new for keys, new in zip(batch.kv_lens, batch.q_lens, strict=True)]
         return _over(batch.q_lens, firsts, self.group.size(), self.placement, self.interleave)
@@ -155,15 +182,21 @@ class RingAttention(PlacedAttention):
         head_dim: D.
         group: the sequence ranks.
         tp_rank: which tensor-parallel shard of the heads.
+        sinks: a score of each query head that joins its softmax and has no value (gpt-oss). They may be stored by the
+            flat map of `heads`' tensor-parallel ranks over the group, and are gathered then, or split over those alone
+            (a head map with sp 1 over the tensor-parallel group).
         method: "kv" sends keys and values round, "q" queries.
         placement: of the new tokens; see `partition.place_tokens`.
         interleave: neighbours that lie together, of a striped placement.
         window: visible keys including the query's own; None for all.
         softmax_scale: factor of the scores; 1/sqrt(D) by default.
+        wire: the format in which keys, values, queries and answers travel; see `seqpar.comm.wire`.
 
     Raises:
-        ValueError: a method, placement, interleave, window or tp rank that is none.
+        ValueError: a method, placement, interleave, window, wire format or tp rank that is none; sinks of other heads.
     """
+
+    unnamed: ClassVar[tuple[str, ...]] = ("sinks",)
 
     def __init__(
         self,
@@ -172,12 +205,15 @@ class RingAttention(PlacedAttention):
         *,
         group: ProcessGroup,
         tp_rank: int = 0,
+        sinks: HeadParameter | None = None,
         method: Method = "kv",
         placement: Placement = "zigzag",
         interleave: int = 1,
         window: int | None = None,
         softmax_scale: float | None = None,
+        wire: Wire | None = None,
     ) -> None:
+        check_wire(wire)
         if method not in ("kv", "q"):
             raise ValueError(f'`method` must be "kv" or "q", got {method!r}')
         super().__init__(
@@ -191,6 +227,10 @@ class RingAttention(PlacedAttention):
             softmax_scale=softmax_scale,
         )
         self.method: Method = method
+        self.wire, self.sinks = wire, sinks
+        if sinks is not None:
+            _check_sinks(sinks, heads, tp_rank, group)
+            drop_child_names(self, self.unnamed)
 
     def steps(
         self,
@@ -206,14 +246,7 @@ class RingAttention(PlacedAttention):
         kv = torch.stack((k, v), 1)
         if cached is not None:
             kv = _between(torch.stack((cached.k, cached.v), 1), cached.held, kv, order.q, self.group.rank())
-        ring = _Ring(self, order, batch, q.dtype)
-        go_round = ring.pass_kv if self.method == "kv" else ring.pass_q
-        out, lse = yield from go_round(q.detach(), kv.detach())
-        out = out.to(q.dtype)
-        if torch.is_grad_enabled() and (q.requires_grad or kv.requires_grad):
-            result: Tensor = _Backward.apply(q, kv, (out, lse), ring)  # type: ignore[no-untyped-call]
-            return result
-        return out
+        return (yield from attend_steps(self.ring_core(), q, kv, order, batch, self._sinks_steps()))
 
     def forward(
         self,
@@ -230,7 +263,7 @@ class RingAttention(PlacedAttention):
         Grad:  placed as the inputs, the cached keys and values included; every rank must use the result.
         Comm:  method "kv": keys and values of every token, as often as it has to hop. Method "q": queries likewise,
                and the output and lse of every query once for each other rank whose keys it sees.
-               `plan.ring_volumes` has the bytes of every rank.
+               `plan.ring_volumes` has the bytes of every rank. Sinks that are not here: an all-gather, under the ring.
 
         Args:
             q: queries.
@@ -240,47 +273,105 @@ class RingAttention(PlacedAttention):
             cached: earlier tokens of its requests, all of `kv_lens - q_lens`.
 
         Raises:
-            ValueError: tokens, heads or dtypes that are not the batch's or the head map's; cached tokens that are not
-                those that the batch has, each on one rank.
+            ValueError: tokens, heads or dtypes that are not the batch's or the head map's, or that the wire format
+                does not take; cached tokens that are not those that the batch has, each on one rank.
         """
         return comm.run(self.steps(q, k, v, batch, cached))
+
+    def ring_core(self) -> RingCore:
+        return super().ring_core()._replace(method=self.method, wire=self.wire)
+
+    def _sinks_steps(self) -> Steps[Tensor | None]:
+        """The sinks of all heads of the shard, gathered unless they are here."""
+        if self.sinks is None:
+            return None
+        found, heads = self.sinks(), self.sinks.heads
+        if heads.sp > 1:
+            first = self.sinks.group.rank() // heads.sp * heads.sp
+            sizes = [own.size for own in heads.q_ranges[first : first + heads.sp]]
+            found = yield from comm.all_gather_steps(found, group=self.group, sizes=sizes, label=self.label or "ring")
+        gathered: Tensor = found
+        return gathered
+
+    def _check(self, q: Tensor, k: Tensor, v: Tensor, batch: RaggedBatch, cached: CachedKV | None) -> None:
+        super()._check(q, k, v, batch, cached)
+        check_wire(self.wire, q, "q")
+
+
+def attend_steps(
+    core: RingCore,
+    q: Float[Tensor, "t h d"],
+    kv: Float[Tensor, "n two g d"],
+    order: RingOrder,
+    batch: RaggedBatch,
+    sinks: Steps[Tensor | None],
+) -> Steps[Float[Tensor, "t h d"]]:
+    """The attention of a ring: this rank's queries over the keys of all, in the order of `order.q` and `order.kv`.
+
+    Grad:  to q, kv and the sinks.
+
+    Args:
+        core: who computes what.
+        q: of this rank.
+        kv: keys and values of this rank.
+        order: what travels and what is computed.
+        batch: whose plans remember what is the same in every layer.
+        sinks: a program whose result is those of all heads here, or None. It runs beside the ring.
+    """
+    ring = _Ring(core, order, batch, q.dtype)
+    go_round = ring.pass_kv if core.method == "kv" else ring.pass_q
+    coming = comm.start(sinks)
+    try:
+        out, lse = yield from go_round(q.detach(), kv.detach())
+        found = yield from coming
+    finally:
+        coming.close()
+    if found is not None:
+        out, lse = add_sinks(out, lse, found.detach())
+    out = out.to(q.dtype)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, kv, found)):
+        result: Tensor = _Backward.apply(q, kv, found, (out, lse), ring)  # type: ignore[no-untyped-call]
+        return result
+    return out
 
 
 class _Ring:
     """One step: its order, on this rank."""
 
-    def __init__(self, core: PlacedAttention, order: RingOrder, batch: RaggedBatch, dtype: torch.dtype) -> None:
+    def __init__(self, core: RingCore, order: RingOrder, batch: RaggedBatch, dtype: torch.dtype) -> None:
         self.core, self.order, self.batch = core, order, batch
         self.rank, self.ranks, self.group = core.group.rank(), order.ranks, core.group
         self.dtype = dtype
-        self.memory: dict[tuple[Any, ...], Any] = batch.plans.setdefault(("ring.memory", order), {})
+        self.wire = core.wire if self.ranks > 1 else None
+        self.memory: dict[tuple[Any, ...], Any] = batch.plans.setdefault(("ring.memory", order, self.rank), {})
         self.options: dict[str, Any] = {"softmax_scale": core.softmax_scale, "kv_head_of": core.kv_head_of}
 
     def pass_kv(self, q: Tensor, kv: Tensor) -> Steps[tuple[Tensor, Tensor]]:
         """Attend to each block of keys while the next one travels."""
-        total = _Sum(q)
+        total, block = _Sum(q), self._coded(kv)
         for hop in range(self.order.hops + 1):
-            coming = self._next_keys(kv, hop)
+            coming = self._next_keys(block, hop)
             try:
-                for rows, out, lse in self._partials(q, kv, self._tiles_of_keys(hop)):
+                for rows, out, lse in self._partials(q, self._decoded(block), self._tiles_of_keys(hop)):
                     total.add(rows, out, lse)
-                kv = yield from coming
+                block = yield from coming
             finally:
                 coming.close()
         return total.out, total.lse
 
     def pass_q(self, q: Tensor, kv: Tensor) -> Steps[tuple[Tensor, Tensor]]:
         """Answer each block of queries while the next one travels, and the answer before it, too."""
-        total, block, back = _Sum(q), q, comm.start(_nothing())
+        total, block, back = _Sum(q), self._coded(q), comm.start(_nothing())
         try:
             for hop in range(self.order.hops + 1):
                 coming = self._next_queries(block, hop)
                 try:
-                    answer = _Sum(block) if hop else total
-                    for rows, out, lse in self._partials(block, kv, self._tiles_of_queries(hop)):
+                    asked = self._decoded(block)
+                    answer = _Sum(asked) if hop else total
+                    for rows, out, lse in self._partials(asked, kv, self._tiles_of_queries(hop)):
                         answer.add(rows, out, lse)
                     self._collect(total, hop - 1, (yield from back))
-                    back = self._answer(answer, q, hop)
+                    back = self._answer(answer, hop)
                     block = yield from coming
                 finally:
                     coming.close()
@@ -292,21 +383,24 @@ class _Ring:
     def backward(self, grad: Tensor, q: Tensor, kv: Tensor, out: Tensor, lse: Tensor) -> Steps[tuple[Tensor, Tensor]]:
         """Keys go round as in `pass_kv`; the gradients of each block go home under the next one's."""
         to_q, to_own = torch.zeros_like(q, dtype=lse.dtype), torch.zeros_like(kv, dtype=lse.dtype)
+        coded = self.core.method == "kv"
+        block, q = (self._coded(kv), q) if coded else (kv, self._decoded(self._coded(q)))
         back = comm.start(_nothing())
         try:
             for hop in range(self.order.hops + 1):
-                coming = self._next_keys(kv, hop)
+                coming = self._next_keys(block, hop)
                 try:
-                    to_kv = torch.zeros_like(kv, dtype=lse.dtype) if hop else to_own
+                    held = self._decoded(block) if coded else block
+                    to_kv = torch.zeros_like(held, dtype=lse.dtype) if hop else to_own
                     for tile in self._tiles_of_keys(hop):
                         rows, keys = slice(*tile.rows), slice(*tile.keys)
-                        (k, v), options = kv[keys].unbind(1), self._rule(tile)
+                        (k, v), options = held[keys].unbind(1), self._rule(tile)
                         found = tile_gradients(grad[rows], q[rows], k, v, out[rows], lse[rows], **options)
                         to_q[rows] += found[0]
                         to_kv[keys] += torch.stack(found[1:], 1)
                     self._add_home(to_own, hop - 1, (yield from back))
                     back = self._gradients_home(to_kv, hop)
-                    kv = yield from coming
+                    block = yield from coming
                 finally:
                     coming.close()
             self._add_home(to_own, self.order.hops, (yield from back))
@@ -365,6 +459,20 @@ class _Ring:
         found: T = self.memory[key]
         return found
 
+    def _coded(self, x: Tensor) -> Tensor:
+        """Heads as they travel: themselves, or bytes [..., encoded_width]."""
+        if self.wire is None:
+            return x
+        dim = self.core.head_dim
+        return encode(x.reshape(-1, dim), self.wire).view(*x.shape[:-1], encoded_width(dim, self.wire))
+
+    def _decoded(self, x: Tensor) -> Tensor:
+        """What `_coded` is on arrival."""
+        if self.wire is None:
+            return x
+        dim = self.core.head_dim
+        return decode(x.reshape(-1, x.shape[-1]), dim, self.dtype, self.wire).view(*x.shape[:-1], dim)
+
     def _next_keys(self, kv: Tensor, hop: int) -> Steps[Tensor]:
         """Launch the hop after `hop` of the keys that are here, and of those that come."""
         if hop == self.order.hops:
@@ -382,20 +490,22 @@ class _Ring:
         src, dst = ring_peers(self.rank, self.ranks)
         return self._send(sent, dst, src, _count(self._queries(after, hop + 1)))
 
-    def _answer(self, answer: _Sum, q: Tensor, hop: int) -> Steps[Tensor]:
+    def _answer(self, answer: _Sum, hop: int) -> Steps[Tensor]:
         """Launch the way home of the partials of other ranks' queries, and of this one's."""
         if hop == 0:
             return comm.start(_nothing())
         owner, there = (self.rank + hop) % self.ranks, (self.rank - hop) % self.ranks
         arrived, wanted = self._queries(owner, hop), self._answered(owner, hop)
-        packed = _pack(_select(answer.out, arrived, wanted).to(q.dtype), _select(answer.lse, arrived, wanted))
+        out = self._coded(_select(answer.out, arrived, wanted).to(self.dtype))
+        packed = _pack(out, _select(answer.lse, arrived, wanted))
         return self._send(packed, owner, there, _count(self._answered(self.rank, hop)), tag=1)
 
     def _collect(self, total: _Sum, hop: int, packed: Tensor | None) -> None:
         """Add what came back from the rank `hop` further on."""
         if packed is None:
             return
-        out, lse = _unpack(packed, self.core.num_heads, self.core.head_dim, self.dtype)
+        coded, lse = _unpack(packed, self.dtype if self.wire is None else torch.uint8, _wide(self.dtype))
+        out = self._decoded(coded)
         for rows, part in _places(self.order.q[self.rank], self._answered(self.rank, hop)):
             total.add(rows, out[slice(*part)], lse[slice(*part)])
 
@@ -422,7 +532,7 @@ class _Ring:
                 group=self.group,
                 recv_shape=(rows, *x.shape[1:]),
                 tag=tag,
-                label=(self.core.label or "ring") + label,
+                label=self.core.label + label,
             )
         )
 
@@ -431,7 +541,7 @@ class _Sum:
     """Partials of some queries, merged as they come."""
 
     def __init__(self, q: Tensor) -> None:
-        dtype = torch.promote_types(q.dtype, torch.float32)
+        dtype = _wide(q.dtype)
         self.out = torch.zeros_like(q, dtype=dtype)
         self.lse = q.new_full(q.shape[:2], -torch.inf, dtype=dtype)
 
@@ -445,16 +555,25 @@ class _Backward(torch.autograd.Function):
     """Gives the finished output its gradient: another ring."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, kv: Tensor, found: tuple[Tensor, Tensor], ring: _Ring) -> Tensor:
+    def forward(
+        ctx: Any, q: Tensor, kv: Tensor, sinks: Tensor | None, found: tuple[Tensor, Tensor], ring: _Ring
+    ) -> Tensor:
         ctx.ring = ring
-        ctx.save_for_backward(q, kv, *found)
+        ctx.save_for_backward(q, kv, sinks, *found)
         return found[0].data  # no view of what is saved, so that its owner may write to it
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
-        to_q, to_kv = comm.run(ctx.ring.backward(grad.contiguous(), *ctx.saved_tensors))
-        return to_q, to_kv, None, None
+        q, kv, sinks, out, lse = ctx.saved_tensors
+        to_q, to_kv = comm.run(ctx.ring.backward(grad.contiguous(), q, kv, out, lse))
+        return to_q, to_kv, None if sinks is None else _to_sinks(grad, sinks, out, lse), None, None
+
+
+def _to_sinks(grad: Tensor, sinks: Tensor, out: Tensor, lse: Tensor) -> Tensor:
+    """A sink takes its share of the softmax from all values alike, and has none of its own."""
+    share = (sinks.to(lse.dtype) - lse).exp()
+    return -(share * (grad.to(lse.dtype) * out.to(lse.dtype)).sum(-1)).sum(0).to(sinks.dtype)
 
 
 def _nothing() -> Steps[Any]:
@@ -517,15 +636,36 @@ def _pack(out: Tensor, lse: Tensor) -> Tensor:
     return torch.cat([out.contiguous().view(torch.uint8), lse.contiguous()[..., None].view(torch.uint8)], -1)
 
 
-def _unpack(packed: Tensor, heads: int, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    wide = torch.promote_types(dtype, torch.float32)
-    out, lse = packed.split([head_dim * dtype.itemsize, wide.itemsize], -1)
+def _unpack(packed: Tensor, dtype: torch.dtype, wide: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The outputs, in the dtype in which they travelled, and the log-sum-exps."""
+    out, lse = packed.split([packed.shape[-1] - wide.itemsize, wide.itemsize], -1)
     return out.contiguous().view(dtype), lse.contiguous().view(wide)[..., 0]
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
 
 
 def _positions(run: Run) -> Tensor:
     index = torch.arange(run.first, run.stop)
     return run.start + index // run.width * run.step + index % run.width
+
+
+def _check_sinks(sinks: HeadParameter, heads: HeadMap, tp_rank: int, group: ProcessGroup) -> None:
+    """Refuse sinks that are not one number for each query head of the shard, here or over the group."""
+    found = sinks.heads
+    rank = tp_rank if found.sp == 1 else tp_rank * found.sp + group.rank()
+    if (
+        (found.num_heads, found.num_kv_heads, found.tp) != (heads.num_heads, heads.num_kv_heads, heads.tp)
+        or found.q_shard(tp_rank) != heads.q_shard(tp_rank)
+        or found.sp not in (1, group.size())
+        or (sinks.group.rank(), sinks.shape) != (rank, ())
+    ):
+        raise ValueError(
+            f"`sinks` must be a number for each of the heads {list(heads.q_shard(tp_rank))} of tp rank {tp_rank} of "
+            f"{heads}, split over tp alone or over the {group.size()} ranks of `group` too, got {sinks.shape} for each "
+            f"of those of rank {sinks.group.rank()} of {found}"
+        )
 
 
 def _check_cached(

@@ -19,12 +19,14 @@ from seqpar.plan.decode import (
     exchange_from,
 )
 from seqpar.plan.hardware import MACHINES, Accelerator, Fabric, Machine
+from seqpar.plan.helix import helix_volume
 from seqpar.plan.overlap import Candidate, OverlapChoice, overlap
 from seqpar.plan.prefill import ModelShape, prefill_costs
 from seqpar.plan.ring import RingCase, RingCosts, ring_costs, ring_method, ring_seconds, ring_volumes
 from seqpar.plan.schedule import Schedule, Slot, bound, makespan, repeated_makespan
 from seqpar.plan.shift import ShiftChoice, StepCosts, shift
 from seqpar.plan.steps import StepWork, step_costs, step_seconds
+from seqpar.plan.usp import USPCosts, usp_costs, usp_volumes
 from seqpar.plan.volumes import Volume, closed_volume, layer_volumes
 
 __all__ = [
@@ -48,6 +50,7 @@ __all__ = [
     "SlotCosts",
     "StepCosts",
     "StepWork",
+    "USPCosts",
     "Volume",
     "bound",
     "calibrate",
@@ -59,6 +62,7 @@ __all__ = [
     "decode_costs",
     "decode_volumes",
     "exchange_from",
+    "helix_volume",
     "layer_volumes",
     "makespan",
     "overlap",
@@ -72,4 +76,6 @@ __all__ = [
     "step_costs",
     "step_seconds",
     "strided_volumes",
+    "usp_costs",
+    "usp_volumes",
 ]

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from math import log
 from typing import Literal, NamedTuple
 
+from seqpar.kernels.quantize import Wire, encoded_width
 from seqpar.partition import RingOrder, Run
 
 __all__ = ["RingCase", "RingCosts", "ring_costs", "ring_method", "ring_seconds", "ring_volumes"]
@@ -36,9 +37,10 @@ def ring_volumes(
     num_kv_heads: int,
     head_dim: int,
     itemsize: int = 2,
+    wire: Wire | None = None,
     backward: bool = False,
 ) -> tuple[int, ...]:
-    """Bytes that each rank sends in the forward, or backward, of one `layers.RingAttention`.
+    """Bytes that each rank sends in the forward, or backward, of one `layers.RingAttention`, but for sinks.
 
     Args:
         order: what travels (`RingAttention.order`).
@@ -47,22 +49,25 @@ def ring_volumes(
         num_kv_heads: g, likewise.
         head_dim: D.
         itemsize: b.
-        backward: of the backward pass instead, the same for both methods.
+        wire: the layer's format.
+        backward: of the backward pass instead: the same for both methods, but that a wire format is for what the
+            forward sent round.
     """
     ranks, lse = order.ranks, 8 if itemsize == 8 else 4
-    keys, queries = 2 * num_kv_heads * head_dim, num_heads * head_dim
+    sent = head_dim * itemsize if wire is None else encoded_width(head_dim, wire)
+    keys = 2 * num_kv_heads * (sent if method == "kv" else head_dim * itemsize)
     found = []
     for rank in range(ranks):
         total = 0
         for hop in range(1, order.hops + 1):
             behind, ahead = (rank - hop) % ranks, (rank + hop) % ranks
             if backward or method == "kv":
-                total += _tokens(order.keys_at((behind + 1) % ranks, hop)) * keys * itemsize
+                total += _tokens(order.keys_at((behind + 1) % ranks, hop)) * keys
             if backward:
-                total += _tokens(order.seen_at(behind, hop)) * keys * lse
+                total += _tokens(order.seen_at(behind, hop)) * 2 * num_kv_heads * head_dim * lse
             elif method == "q":
-                total += _tokens(order.queries_at((ahead - 1) % ranks, hop)) * queries * itemsize
-                total += _tokens(order.answered_at(ahead, hop)) * num_heads * (head_dim * itemsize + lse)
+                total += _tokens(order.queries_at((ahead - 1) % ranks, hop)) * num_heads * sent
+                total += _tokens(order.answered_at(ahead, hop)) * num_heads * (sent + lse)
         found.append(total)
     return tuple(found)
 

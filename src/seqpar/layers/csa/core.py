@@ -190,7 +190,7 @@ def keys_of(
 
 def attend_own(core: CSAAttention, q: Tensor, kv: Tensor, batch: RaggedBatch, cached: CachedKV | None) -> _Sum:
     """This rank's queries over its own keys `keys_of(...)`, exactly: a sum to which other partials are added."""
-    total, ring = _Sum(q), _Ring(core, core.order(batch, cached), batch, q.dtype)
+    total, ring = _Sum(q), _Ring(core.ring_core(), core.order(batch, cached), batch, q.dtype)
     for rows, out, lse in ring._partials(q, kv, ring._tiles_of_keys(0)):
         total.add(rows, out, lse)
     return total
