@@ -314,3 +314,52 @@ def test_sparse_attention_prints_nothing_over_a_wrong_exchange(tmp_path: Path) -
     ran = sparse(script)
     assert ran.returncode == 1 and not ran.stdout
     assert "WRONG RESULT" in ran.stderr and "bytes, the dense exchange is" in ran.stderr
+
+
+@pytest.fixture
+def paper_long(common, monkeypatch: pytest.MonkeyPatch):
+    import paper_long
+
+    return paper_long
+
+
+def test_rings_cross_where_they_were_published_to(paper_long) -> None:
+    """Every row that has a faster one is chosen right; the crossings by the thresholds themselves, worked out here."""
+    rates = paper_long.solve()
+    found = paper_long.report(rates)
+    for row in found["rings"]:
+        if row["better"] is not None:
+            assert row["chosen"] == {"at_end": row["better"], "in_hops": row["better"]}
+            assert row["rules"]["meta-1"] == row["better"]
+    assert found["rings"][1]["predicted"]["kv_hop_us"] == pytest.approx(627)  # what was solved for
+    assert found["rings"][1]["predicted"]["attention_us"] == pytest.approx(414)
+    crossings = found["crossover"]
+    assert crossings["meta-1, peak rates"] == 4000  # hidden from there on, however many tokens are cached
+    assert crossings["meta-5, peak rates"] == 3200  # 2.5 %, the paper's row
+    assert crossings["meta-fit, peak rates"] is None
+    at_end = crossings["answers at the end"]
+    assert crossings["meta-5, solved rates"] - at_end == pytest.approx(0, abs=100)  # scanned in hundreds
+    assert at_end < crossings["answers in hops"] < crossings["measured"]
+
+
+def test_whole_prompts_decodes_and_helix_are_predicted(paper_long) -> None:
+    found = paper_long.report(paper_long.solve())
+    assert [row["off"] for row in found["prefill"]] == pytest.approx([-0.09, -0.30, 0.0], abs=0.01)
+    assert found["decode"][0]["predicted_us"] == pytest.approx(38.9)
+    assert found["decode"][2]["predicted_us"] == pytest.approx(13.55)
+    assert (found["helix"]["serial"], found["helix"]["overlapped"]) == pytest.approx((25.6, 17.2))
+    assert found["helix"]["bytes"]["8 x 8"] == 7 * 2 * (128 * 2 + 4)
+
+
+def test_long_contexts_write_their_tables(paper_long, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{paper_long.BEGIN}\nold\n{paper_long.END}\nafter\n")
+    paper_long.main(["--quick", "--json", str(tmp_path / "x.json"), "--markdown", str(page)])
+    text = page.read_text()
+    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
+    assert "| 3,200 | 2.5% | 627, solved | 166, 125 (-24%) |" in text and text.split(paper_long.BEGIN)[1][1:] in (
+        capsys.readouterr().out + f"{paper_long.END}\nafter\n"
+    )
+    assert json.loads((tmp_path / "x.json").read_text())["crossover"]["measured"] == 6400
+    kept = (BENCHMARKS.parent / "docs/results/paper-long.md").read_text()
+    assert text.split(paper_long.BEGIN)[1].split(paper_long.END)[0] in kept
