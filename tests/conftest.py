@@ -9,7 +9,9 @@ import hypothesis
 import pytest
 import torch
 
-from tests import ranks
+from tests import ranks, typed
+
+typed.install("seqpar")
 
 # Machines are shared and the shape checker is slow the first time: an example that takes long is no failure.
 hypothesis.settings.register_profile("seqpar", deadline=None)

@@ -2,9 +2,9 @@
 
 import contextlib
 
-import jaxtyping
+from tests import typed
 
-jaxtyping.install_import_hook("seqpar", "beartype.beartype")
+typed.install("seqpar")
 
 import pytest  # noqa: E402, F401
 import torch.distributed.tensor  # noqa: E402, F401

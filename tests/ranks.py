@@ -260,7 +260,11 @@ def _traceback(error: BaseException) -> str:
     report = link = traceback.TracebackException.from_exception(error)
     while link is not None:
         link.stack = traceback.StackSummary.from_list(
-            [frame for frame in link.stack if "jaxtyping" not in frame.filename]
+            [
+                frame
+                for frame in link.stack
+                if not any(name in frame.filename for name in ("jaxtyping", "beartype", "typed.py"))
+            ]
         )
         link = link.__cause__ or link.__context__
     return "".join(report.format())

@@ -100,7 +100,7 @@ def wrong_type(rank, p):
 
 
 def test_ranks_check_annotations():
-    with pytest.raises(RankError, match="Type-check error"):
+    with pytest.raises(RankError, match="violates type hint"):
         run_ranks(1, wrong_type, isolated=True)
 
 

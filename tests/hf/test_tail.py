@@ -13,7 +13,7 @@ from seqpar.hf import parallelize
 from seqpar.hf.cache import store_of
 from seqpar.partition import Interleave, ThreePhase
 from tests.hf.tiny import ARCHITECTURES, exact_norms, left_padded, prompts, tiny_model
-from tests.layers.reference import name_of
+from tests.layers.reference import name_of, written_rows
 from tests.ranks import run_mesh, thinned
 
 KEEPS = [1, 3, torch.tensor([7, 2]), torch.tensor([0])]
@@ -28,7 +28,7 @@ def inputs(side: str) -> dict[str, Tensor]:
 def cached(output: Any) -> list[Tensor]:
     """Keys and values of every token that the cache holds, layer after layer."""
     kv = store_of(output.past_key_values, 3).kv
-    at = [page * kv.page_size + i for page, used in kv._used_pages() for i in range(used)]
+    at = written_rows(kv)
     return [pages.flatten(0, 1)[at] for layer in range(3) for pages in kv.layer(layer)]
 
 

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from seqpar.kv import PagedKV
+
 
 class Norm(nn.Module):
     def __init__(self, size: int) -> None:
@@ -105,3 +107,9 @@ def rope(positions: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
 def name_of(layout: tuple[int, int]) -> str:
     """Test id of a layout."""
     return f"tp{layout[0]}-sp{layout[1]}"
+
+
+def written_rows(kv: PagedKV) -> list[int]:
+    """Rows of the cache, counted over all its pages, that hold a token."""
+    size = kv.page_size
+    return sorted(kv.pages(id)[t // size] * size + t % size for id in kv.ids for t in range(kv.length(id)))

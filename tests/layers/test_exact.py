@@ -16,7 +16,7 @@ from seqpar.kv import PagedKV
 from seqpar.layers import ParallelDecoderLayer
 from seqpar.partition import HeadMap, even_ranges, even_split
 from seqpar.ragged import RaggedBatch
-from tests.layers.reference import DecoderLayer, name_of, rope
+from tests.layers.reference import DecoderLayer, name_of, rope, written_rows
 from tests.ranks import SMALL, run_mesh, thinned
 
 DIM, LAYERS, HIDDEN = 64, 3, 96
@@ -87,7 +87,7 @@ def extra(kind: int, group: comm.ProcessGroup) -> comm.Steps[None]:
 
 def written(kv: PagedKV) -> list[Tensor]:
     """Every key and value that the cache holds."""
-    at = [page * kv.page_size + i for page, used in kv._used_pages() for i in range(used)]
+    at = written_rows(kv)
     return [pages.flatten(0, 1)[at] for layer in range(LAYERS) for pages in kv.layer(layer)]
 
 

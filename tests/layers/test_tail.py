@@ -14,7 +14,7 @@ from seqpar.layers import ParallelDecoderLayer, name_modules, sync_gradients
 from seqpar.partition import HeadMap, even_ranges
 from seqpar.ragged import RaggedBatch
 from tests.kernels.own_errors import own_errors
-from tests.layers.reference import DecoderLayer, name_of, rope
+from tests.layers.reference import DecoderLayer, name_of, rope, written_rows
 from tests.ranks import LAYOUTS, SMALL, run_mesh, thinned
 
 HEAD_DIM, PAGE = 6, 4
@@ -60,7 +60,7 @@ def cached(mesh: comm.DeviceMesh, window: int | None, sequence_sharded: bool) ->
                 kept = [row - mine.start for row in tail.within(mine.start, mine.stop)]
                 torch.testing.assert_close(out, expected[kept], rtol=1e-12, atol=1e-12)
         for ours, theirs in zip(caches[1].layer(0), caches[0].layer(0), strict=True):
-            written = [page * PAGE + i for page, used in caches[0]._used_pages() for i in range(used)]
+            written = written_rows(caches[0])
             assert torch.equal(ours.flatten(0, 1)[written], theirs.flatten(0, 1)[written])
 
 
