@@ -14,7 +14,19 @@ import seqpar
 
 ROOT = Path(__file__).parent.parent
 
-PUBLIC = ["__version__", "comm", "hf", "init_mesh", "kernels", "kv", "layers", "partition", "plan", "ragged"]
+PUBLIC = [
+    "__version__",
+    "batching",
+    "comm",
+    "hf",
+    "init_mesh",
+    "kernels",
+    "kv",
+    "layers",
+    "partition",
+    "plan",
+    "ragged",
+]
 
 
 def python(code: str) -> str:
@@ -32,7 +44,7 @@ def test_every_public_name_resolves(name: str) -> None:
     assert getattr(seqpar, name) is not None
 
 
-@pytest.mark.parametrize("name", ["comm", "kernels", "kv", "layers", "partition", "plan", "ragged", "hf"])
+@pytest.mark.parametrize("name", ["batching", "comm", "kernels", "kv", "layers", "partition", "plan", "ragged", "hf"])
 def test_every_package_lists_what_it_exports(name: str) -> None:
     module = getattr(seqpar, name)
     assert sorted(set(module.__all__)) == sorted(module.__all__)
@@ -56,7 +68,7 @@ def test_import_loads_neither_torch_nor_transformers() -> None:
 
 
 def test_core_needs_no_transformers() -> None:
-    use = "; ".join(f"seqpar.{name}" for name in ("comm", "kernels", "kv", "layers", "plan", "init_mesh"))
+    use = "; ".join(f"seqpar.{name}" for name in ("batching", "comm", "kernels", "kv", "layers", "plan", "init_mesh"))
     loaded = json.loads(python(f"import sys, json, seqpar; {use}; print(json.dumps(sorted(sys.modules)))"))
     assert "torch" in loaded and not {"transformers", "huggingface_hub", "matplotlib"} & set(loaded)
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from seqpar.ragged import RaggedBatch
 from tests.kernels.own_errors import own_errors
@@ -188,3 +189,91 @@ def test_chunks_with_a_cache_have_no_slices_of_keys() -> None:
         RaggedBatch.build([2], [2], [[0]], 4).split_keys([1])
     with pytest.raises(ValueError, match=r"`cuts` must be in order and lie in \[0, 2\], got \[3\]"):
         RaggedBatch.prefill([2]).split_keys([3])
+
+
+@given(lengths, st.integers(0, 4), st.one_of(st.integers(1, 9), st.lists(st.integers(1, 60), min_size=1, unique=True)))
+@settings(deadline=None)
+def test_padding_adds_requests_of_one_token(
+    requests: list[tuple[int, int]], page_size: int, size: int | list[int]
+) -> None:
+    if isinstance(size, list):
+        size = sorted(size)
+    batch = paged(requests, page_size)[1] if page_size else RaggedBatch.prefill([new for new, _ in requests])
+    page = 1000 if page_size else None
+    if isinstance(size, list) and size[-1] < batch.num_tokens:
+        with own_errors(), pytest.raises(ValueError, match=r"`size` must have one that holds the batch \(\d+ tokens\)"):
+            batch.pad_to(size, page=page)
+        return
+    padded = batch.pad_to(size, page=page)
+    if isinstance(size, int):
+        assert padded.num_tokens % size == 0 and padded.num_tokens - batch.num_tokens < size
+    else:
+        assert padded.num_tokens == min(each for each in size if each >= batch.num_tokens)
+    new, count = padded.num_tokens - batch.num_tokens, batch.num_requests
+    assert padded.q_lens == batch.q_lens + (1,) * new and padded.kv_lens == batch.kv_lens + (1,) * new
+    assert torch.equal(padded.positions[: batch.num_tokens], batch.positions)
+    assert torch.equal(padded.slots[: len(batch.slots)], batch.slots)
+    assert padded.slots[len(batch.slots) :].tolist() == ([1000 * page_size] * new if page_size else [])
+    assert padded.pages == batch.pages + ((1000,) if page_size else (),) * new
+    assert padded.num_requests == count + new
+
+
+def test_padding_that_is_refused() -> None:
+    batch, plain = paged([(2, 3)], 4)[1], RaggedBatch.prefill([3])
+    cases: list[tuple[RaggedBatch, int | list[int], int | None, str]] = [
+        (batch, 4, None, "`page` must be one of the cache's, and None without a cache, got None"),
+        (plain, 4, 1, "and None without a cache, got 1"),
+        (plain, 0, None, "`size` must be at least 1, got 0"),
+        (plain, [4, 4], None, r"`size` must be at least 1 and increasing, got \[4, 4\]"),
+        (plain, [2], None, r"`size` must have one that holds the batch \(3 tokens\), got \[2\]"),
+    ]
+    for each, size, page, message in cases:
+        with own_errors(), pytest.raises(ValueError, match=message):
+            each.pad_to(size, page=page)
+    named = RaggedBatch.build([1], [1], [[0]], 4, requests=["a"]).pad_to(3, page=7)
+    assert named.requests == ("a", ("padding", 0), ("padding", 1))
+
+
+class Transfers(TorchDispatchMode):
+    """Counts what is copied to another device."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.count += func is torch.ops.aten._to_copy.default and (kwargs or {}).get("device") == torch.device("meta")
+        return func(*args, **(kwargs or {}))
+
+
+@given(lengths, st.integers(1, 6))
+@settings(deadline=None, max_examples=30)
+def test_a_batch_travels_as_one_tensor(requests: list[tuple[int, int]], page_size: int) -> None:
+    _, batch = paged(requests, page_size)
+    with Transfers() as seen:
+        moved = batch.to("meta")
+        shapes = [tensor.shape for tensor in (moved.cu_q, moved.cu_kv, moved.last_idx, moved.positions)]
+    assert seen.count == 1 and batch.to("cpu") is batch
+    assert shapes == [batch.cu_q.shape, batch.cu_kv.shape, batch.last_idx.shape, batch.positions.shape]
+    assert moved.pages == batch.pages and moved.device.type == "meta"
+    packed = batch._pack()
+    assert packed.dtype == torch.int32
+    back = batch._unpack(packed)
+    for name in ("positions", "slots", "page_table", "cu_q", "cu_kv", "last_idx"):
+        assert torch.equal(getattr(back, name), getattr(batch, name))
+        assert getattr(back, name).dtype == getattr(batch, name).dtype
+
+
+def test_addresses_that_need_more_than_32_bits_travel_too() -> None:
+    batch = RaggedBatch.build([2], [2], [[5]], 1 << 30)
+    assert torch.equal(batch._unpack(batch._pack()).slots, batch.slots) and int(batch.slots[1]) == 5 * (1 << 30) + 1
+
+
+@given(lengths, st.integers(1, 6))
+@settings(deadline=None, max_examples=50)
+def test_page_tables_as_compressed_rows(requests: list[tuple[int, int]], page_size: int) -> None:
+    _, batch = paged(requests, page_size)
+    indptr, indices, last = (tensor.tolist() for tensor in batch.csr)
+    assert all(tensor.dtype == torch.int32 for tensor in batch.csr)
+    for request, keys in enumerate(batch.kv_lens):
+        row = indices[indptr[request] : indptr[request + 1]]
+        assert tuple(row) == batch.pages[request]
+        assert page_size * (len(row) - 1) + last[request] == keys and 1 <= last[request] <= page_size

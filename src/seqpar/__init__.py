@@ -8,13 +8,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from seqpar import comm, hf, kernels, kv, layers, partition, plan, ragged
+    from seqpar import batching, comm, hf, kernels, kv, layers, partition, plan, ragged
     from seqpar.comm import init_mesh
 
     __version__: str
 
 __all__ = [
     "__version__",
+    "batching",
     "comm",
     "hf",
     "init_mesh",

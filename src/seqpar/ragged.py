@@ -14,13 +14,28 @@ from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate, pairwise, takewhile
-from typing import Any
+from operator import le
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Int32, Int64
 from torch import Tensor
 
-__all__ = ["RaggedBatch", "Tail"]
+__all__ = ["PageCSR", "RaggedBatch", "Tail"]
+
+
+class PageCSR(NamedTuple):
+    """Page tables without their fill, as FlashInfer takes them; a request of n pages has (n - 1) * size + last keys.
+
+    Attributes:
+        indptr: first page of each request, and the number of pages.
+        indices: pages of all requests, one after another.
+        last_page_len: keys in each request's last page; the page size for a request without keys.
+    """
+
+    indptr: Int32[Tensor, " starts"]
+    indices: Int32[Tensor, " used"]
+    last_page_len: Int32[Tensor, " n"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,14 +137,17 @@ class RaggedBatch:
         where = index if positions is None else positions.clone() if positions.is_inference() else positions
         tensors = where.to(device), slots.to(device), table.to(device)
         batch = cls(q_lens, kv_lens, *tensors, page_size, version, tuple(requests))
-        return batch._with_pages(pages)
+        return batch._with_host_table(table)
 
-    def _with_pages(self, known: Sequence[Sequence[int]] | None) -> RaggedBatch:
-        """This batch, whose `pages` need not ask the device where they are known."""
-        if known is not None and self.has_cache:
-            used = (-(-length // self.page_size) for length in self.kv_lens)
-            self.__dict__["pages"] = tuple(tuple(row[:n]) for row, n in zip(known, used, strict=True))
+    def _with_host_table(self, table: Int32[Tensor, "n pages"] | None) -> RaggedBatch:
+        """This batch, whose `pages` need not ask the device where its table is known."""
+        if table is not None:
+            self.__dict__["_host_table"] = table
         return self
+
+    @cached_property
+    def _host_table(self) -> Int32[Tensor, "n pages"]:
+        return self.page_table.cpu()
 
     def split(self, cuts: Sequence[int]) -> tuple[RaggedBatch, ...]:
         """The batch as consecutive chunks, cut before the tokens `cuts`, also inside a request.
@@ -193,7 +211,7 @@ class RaggedBatch:
             positions=self.positions[start:stop],
             slots=self.slots[start:stop],
         )
-        return chunk._with_pages(self.__dict__.get("pages"))
+        return chunk._with_host_table(self.__dict__.get("_host_table"))
 
     def tail(self, rows: Iterable[int]) -> Tail:
         """The tokens `rows` and all that follow them in their requests: what a last layer need compute.
@@ -212,10 +230,73 @@ class RaggedBatch:
         return Tail(wanted, lengths, self)
 
     @torch.inference_mode(False)
+    def pad_to(self, size: int | Sequence[int], *, page: int | None = None) -> RaggedBatch:
+        """Fill the batch up with requests of one token each: to a multiple, or to the first size that holds it.
+
+        They come last and their rows mean nothing. All write to, and read, the first slot of a page that is kept for
+        them: reserve it under some name.
+
+        Args:
+            size: what the number of tokens is to be a multiple of; or the sizes, increasing.
+            page: the page; None without a cache.
+
+        Raises:
+            ValueError: a size below 1, or none that holds the batch; a page without a cache, or none with one.
+        """
+        if (page is None) == self.has_cache or (page or 0) < 0:
+            raise ValueError(f"`page` must be one of the cache's, and None without a cache, got {page}")
+        new = _padded(self.num_tokens, size) - self.num_tokens
+        if not new:
+            return self
+        slots = self.slots.new_full((new if self.has_cache else 0,), (page or 0) * self.page_size)
+        width = max(self.page_table.shape[1], int(self.has_cache))
+        table = torch.zeros(self.num_requests + new, width, dtype=torch.int32)
+        table[: self.num_requests, : self.page_table.shape[1]] = self._host_table
+        table[self.num_requests :] = page or 0
+        names = tuple(("padding", number) for number in range(new)) if self.requests else ()
+        padded = replace(
+            self,
+            q_lens=self.q_lens + (1,) * new,
+            kv_lens=self.kv_lens + (1,) * new,
+            positions=torch.cat([self.positions, self.positions.new_zeros(new)]),
+            slots=torch.cat([self.slots, slots]),
+            page_table=table.to(self.device),
+            requests=self.requests + names,
+        )
+        return padded._with_host_table(table)
+
+    @torch.inference_mode(False)
     def to(self, device: torch.device | str) -> RaggedBatch:
-        """The same batch with its tensors on `device`."""
-        moved = {name: getattr(self, name).to(device) for name in ("positions", "slots", "page_table")}
-        return replace(self, **moved)._with_pages(self.__dict__.get("pages"))
+        """The same batch with its tensors on `device`; from the host they travel as one."""
+        device = torch.device(device)
+        if device == self.device:
+            return self
+        if self.device.type != "cpu":
+            moved = {name: getattr(self, name).to(device) for name in ("positions", "slots", "page_table")}
+            return replace(self, **moved)._with_host_table(self._host_table)
+        packed = self._pack()
+        if device.type == "cuda":
+            packed = packed.pin_memory()
+        return self._unpack(packed.to(device, non_blocking=True))
+
+    def _packs(self) -> tuple[Tensor, ...]:
+        return self.positions, self.slots, self.page_table, self.cu_q, self.cu_kv, self.last_idx
+
+    def _pack(self) -> Tensor:
+        """Everything that a device needs, in one tensor, of int32 where that is wide enough."""
+        packed = torch.cat([tensor.flatten().long() for tensor in self._packs()])
+        return packed.int() if int(packed.abs().max()) < 1 << 31 else packed
+
+    def _unpack(self, packed: Tensor) -> RaggedBatch:
+        """This batch with its tensors out of one that `_pack` gave."""
+        wanted = self._packs()
+        parts = [
+            part.view(tensor.shape).to(tensor.dtype)
+            for part, tensor in zip(packed.split([tensor.numel() for tensor in wanted]), wanted, strict=True)
+        ]
+        batch = replace(self, positions=parts[0], slots=parts[1], page_table=parts[2])
+        batch.__dict__.update(zip(("cu_q", "cu_kv", "last_idx"), parts[3:], strict=True))
+        return batch._with_host_table(self._host_table)
 
     @property
     def device(self) -> torch.device:
@@ -272,7 +353,19 @@ class RaggedBatch:
     def pages(self) -> tuple[tuple[int, ...], ...]:
         """The pages that hold each request's keys, as host integers; waits for the device when it is not the host."""
         used = [-(-length // self.page_size) if self.page_size else 0 for length in self.kv_lens]
-        return tuple(tuple(row[:n]) for row, n in zip(self.page_table.tolist(), used, strict=True))
+        return tuple([tuple(row[:n]) for row, n in zip(self._host_table.tolist(), used, strict=True)])
+
+    @cached_property
+    @torch.inference_mode(False)
+    def csr(self) -> PageCSR:
+        """The page tables as compressed rows; `page_table` with `kv_lens` is the other form."""
+        starts = [0, *accumulate(map(len, self.pages))]
+        filled = [len(row) * self.page_size - keys for row, keys in zip(self.pages, self.kv_lens, strict=True)]
+        flat = [page for row in self.pages for page in row]
+        parts = starts, flat, [self.page_size - empty for empty in filled]
+        sizes = [len(part) for part in parts]
+        packed = _host_ints([value for part in parts for value in part]).to(self.device)
+        return PageCSR(*packed.split(sizes))
 
     @cached_property
     def slot_runs(self) -> tuple[tuple[int, int, int], ...]:
@@ -326,7 +419,7 @@ class Tail:
         whole = self.whole
         slots = self.take(whole.slots) if whole.has_cache else whole.slots
         chosen = replace(whole, q_lens=self.q_lens, positions=self.take(whole.positions), slots=slots)
-        return chosen._with_pages(whole.__dict__.get("pages"))
+        return chosen._with_host_table(whole.__dict__.get("_host_table"))
 
     @cached_property
     def without_cache(self) -> RaggedBatch:
@@ -349,6 +442,8 @@ class Tail:
 def _check_lengths(q_lens: tuple[int, ...], kv_lens: tuple[int, ...]) -> None:
     if len(q_lens) != len(kv_lens):
         raise ValueError(f"`kv_lens` must have one entry per request ({len(q_lens)}), got {len(kv_lens)}")
+    if all(map(le, q_lens, kv_lens)) and min(q_lens, default=0) >= 0:
+        return
     for request, (new, keys) in enumerate(zip(q_lens, kv_lens, strict=True)):
         if new < 0 or keys < new:
             raise ValueError(
@@ -357,9 +452,29 @@ def _check_lengths(q_lens: tuple[int, ...], kv_lens: tuple[int, ...]) -> None:
             )
 
 
+def _padded(tokens: int, size: int | Sequence[int]) -> int:
+    """The number of tokens that a batch is filled up to."""
+    if isinstance(size, int):
+        if size < 1:
+            raise ValueError(f"`size` must be at least 1, got {size}")
+        return -(-tokens // size) * size
+    if not size or size[0] < 1 or list(size) != sorted(set(size)):
+        raise ValueError(f"`size` must be at least 1 and increasing, got {list(size)}")
+    if size[-1] < tokens:
+        raise ValueError(f"`size` must have one that holds the batch ({tokens} tokens), got {list(size)}")
+    return size[bisect_left(size, tokens)]
+
+
+def _host_ints(values: Sequence[int]) -> Int32[Tensor, " n"]:
+    """A host tensor, without what `torch.tensor` takes to look at every number (an AMD EPYC, November 2026)."""
+    if not values:
+        return torch.zeros(0, dtype=torch.int32)
+    return torch.frombuffer(array("i", values), dtype=torch.int32)
+
+
 def _tokens(q_lens: tuple[int, ...], kv_lens: tuple[int, ...]) -> tuple[Int64[Tensor, " t"], Int64[Tensor, " t"]]:
     """Each new token's request, and its index in it."""
-    counts, keys = torch.tensor(q_lens, dtype=torch.int64), torch.tensor(kv_lens, dtype=torch.int64)
+    counts, keys = _host_ints(q_lens).long(), _host_ints(kv_lens).long()
     request = torch.repeat_interleave(counts)
     return request, torch.arange(len(request)) + (keys - counts.cumsum(0))[request]
 
@@ -376,17 +491,19 @@ def _page_table(
         return torch.zeros(len(kv_lens), 0, dtype=torch.int32)
     if len(pages) != len(kv_lens):
         raise ValueError(f"`pages` must have one entry per request ({len(kv_lens)}), got {len(pages)}")
-    for request, (row, keys) in enumerate(zip(pages, kv_lens, strict=True)):
-        if len(row) * page_size < keys:
-            raise ValueError(
-                f"`pages` must hold each request's keys ({keys} for request {request}), "
-                f"got {len(row)} pages of {page_size}"
-            )
-    width = max(map(len, pages), default=0)
-    table = array("i")  # a tensor of nested lists takes three times as long (an AMD EPYC, November 2026)
-    for row in pages:
-        table += array("i", row)
-        table.extend((0,) * (width - len(row)))
-    if not table:
-        return torch.zeros(len(pages), width, dtype=torch.int32)
+    counts = [len(row) for row in pages]
+    if not all(map(le, kv_lens, [count * page_size for count in counts])):
+        request = next(i for i, keys in enumerate(kv_lens) if counts[i] * page_size < keys)
+        raise ValueError(
+            f"`pages` must hold each request's keys ({kv_lens[request]} for request {request}), "
+            f"got {counts[request]} pages of {page_size}"
+        )
+    width = max(counts, default=0)
+    if not width:
+        return torch.zeros(len(pages), 0, dtype=torch.int32)
+    table, fill = array("i"), array("i", (0,) * width)
+    for row, count in zip(pages, counts, strict=True):
+        table += row if isinstance(row, array) else array("i", row)
+        if count < width:
+            table += fill[count:]
     return torch.frombuffer(table, dtype=torch.int32).view(len(pages), width)

@@ -8,6 +8,7 @@ from seqpar.hf.backbone import LMHead, ParallelBackbone
 from seqpar.hf.cache import ParallelCache
 from seqpar.hf.loading import load
 from seqpar.hf.shift import AutoShift
+from seqpar.hf.stepper import Stepper
 from seqpar.hf.swap import LoadReport, MemoryReport, Parallelized, parallelize
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "ParallelBackbone",
     "ParallelCache",
     "Parallelized",
+    "Stepper",
     "load",
     "parallelize",
 ]

@@ -268,6 +268,35 @@ class ParallelBackbone(nn.Module):
             x = yield from comm.call(layer, x, batch, cos, sin, kv, **options)
         return (yield from comm.call(self.norm, x)), inputs
 
+    def ragged_steps(
+        self, tokens: Int64[Tensor, " t"], batch: RaggedBatch, kv: PagedKV, rows: Sequence[int], *, has_tail: bool
+    ) -> Steps[Float[Tensor, "rows m"]]:
+        """Run a step over a cache that the caller keeps: embedding, layers, norm, and a gather of some rows.
+
+        In:    tokens, all T of the batch, replicated.
+        Out:   the normed rows, replicated.
+        Comm:  as `forward`.
+
+        Args:
+            tokens: ids of the batch's tokens.
+            batch: the step.
+            kv: the cache that gave the batch, of this rank's heads.
+            rows: which rows to return, increasing.
+            has_tail: whether the last layer may leave out the others; alike on every rank.
+        """
+        layout, wanted = self._layout(batch), rows if has_tail else None
+        cuts = self._ragged_cuts(batch, len(rows) if has_tail else None, layout)
+        tables = self.rotary_emb(next(self.parameters()), position_ids=batch.positions[None])
+        cos, sin = (table[0] for table in tables)
+        chunks = _chunks(batch, cuts, wanted)
+        outputs = yield from comm.interleave_steps(
+            [
+                self.stack_steps(tokens[part], chunk, cos[part], sin[part], kv, tail=tail, layout=layout)
+                for part, chunk, tail in chunks
+            ]
+        )
+        return (yield from self._collect_steps([x for x, _ in outputs], rows, chunks, self.layouts[layout]))
+
     def _embed_steps(
         self, tokens: Tensor, batch: RaggedBatch, layout: Layout | None
     ) -> Steps[Float[Tensor, "t_local m"]]:
@@ -324,7 +353,7 @@ class ParallelBackbone(nn.Module):
             )
         )
 
-    def _takes_tail(self) -> bool:
+    def takes_tail(self) -> bool:
         """Whether the last layer may leave out rows that nobody asked for, and no hook on the norm would miss them.
 
         Comm:  a byte of each rank, since a hook may be on one rank alone.
@@ -370,7 +399,7 @@ class ParallelBackbone(nn.Module):
         if store is None and position_ids is not None and attention_mask is None:
             padding = Padding.packed(shape, places.expand(shape))
         positions = padding.pack(places.expand(shape))
-        has_tail = padding.select(keep, torch.device("cpu")).rows is not None and self._takes_tail()
+        has_tail = padding.select(keep, torch.device("cpu")).rows is not None and self.takes_tail()
         keep = keep if has_tail else 0
         # Replicated parameters have a gradient under the stored layout alone, and none flows through a cache.
         layout = None if gradients else self._layout(padding)
@@ -383,20 +412,20 @@ class ParallelBackbone(nn.Module):
         kv, batch = store.begin(padding, positions, self.cache_spec())
         return _Plan(padding, batch, places, store, kv, past_key_values, cuts, has_tail, layout)
 
-    def _layout(self, padding: Padding) -> Layout | None:
+    def _layout(self, step: Padding | RaggedBatch) -> Layout | None:
         """The layout of a step, by its number of tokens alone; None for the stored one."""
         if self.shift is None:
             return None
         if isinstance(self.shift, AutoShift):
             chosen = self.shift.layout_of(
-                padding.num_tokens,
+                step.num_tokens,
                 self.layers,
                 layouts=[layout for layout in self.layouts if layout is not None],
                 stored=self.groups.layout,
                 group=self.groups.flat,
             )
         else:
-            chosen = self.shift.layout_of(padding.num_tokens)
+            chosen = self.shift.layout_of(step.num_tokens)
         return None if chosen == self.groups.layout else chosen
 
     def _wants_gradients(self, inputs_embeds: Tensor | None) -> bool:
@@ -420,7 +449,22 @@ class ParallelBackbone(nn.Module):
             return self.overlap.cuts_of(
                 padding.q_lens, cached, self.layers, group=self.groups.flat, last_rows=wanted, layout=layout
             )
-        cuts = self.overlap.cuts_of(padding.num_tokens)
+        return self._given_cuts(self.overlap, padding.num_tokens)
+
+    def _ragged_cuts(self, batch: RaggedBatch, wanted: int | None, layout: Layout | None) -> tuple[int, ...]:
+        """Where a step is cut whose batch is given; decodes are not. Of the last layer, `wanted` rows are needed."""
+        if self.overlap is None or max(batch.q_lens) == 1:
+            return ()
+        if isinstance(self.overlap, Interleave):
+            return self._given_cuts(self.overlap, batch.num_tokens)
+        cached = tuple(keys - new for keys, new in zip(batch.kv_lens, batch.q_lens, strict=True))
+        return self.overlap.cuts_of(
+            batch.q_lens, cached, self.layers, group=self.groups.flat, last_rows=wanted, layout=layout
+        )
+
+    def _given_cuts(self, overlap: Interleave, num_tokens: int) -> tuple[int, ...]:
+        """The cuts of a step of so many tokens, once all ranks agree that there is something to overlap."""
+        cuts = overlap.cuts_of(num_tokens)
         if not cuts:
             return ()
         whole = next(called_whole(self.layers, "layers"), None)

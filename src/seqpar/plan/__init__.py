@@ -6,6 +6,14 @@ such as the cuts of a prompt, which a layer or `partition.Interleave` takes.
 
 from seqpar.plan.calibrate import calibrate, calibrate_layouts
 from seqpar.plan.calibrate_decode import calibrate_decode
+from seqpar.plan.chunks import (
+    balanced_chunk,
+    kv_reread,
+    most_requests,
+    saturating_chunk,
+    tbt_budget,
+    tile_fit,
+)
 from seqpar.plan.costs import Curve, LayerCosts, SlotCosts
 from seqpar.plan.csa import strided_volumes
 from seqpar.plan.decode import (
@@ -52,6 +60,7 @@ __all__ = [
     "StepWork",
     "USPCosts",
     "Volume",
+    "balanced_chunk",
     "bound",
     "calibrate",
     "calibrate_decode",
@@ -63,8 +72,10 @@ __all__ = [
     "decode_volumes",
     "exchange_from",
     "helix_volume",
+    "kv_reread",
     "layer_volumes",
     "makespan",
+    "most_requests",
     "overlap",
     "prefill_costs",
     "repeated_makespan",
@@ -72,10 +83,13 @@ __all__ = [
     "ring_method",
     "ring_seconds",
     "ring_volumes",
+    "saturating_chunk",
     "shift",
     "step_costs",
     "step_seconds",
     "strided_volumes",
+    "tbt_budget",
+    "tile_fit",
     "usp_costs",
     "usp_volumes",
 ]

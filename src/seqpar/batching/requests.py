@@ -1,0 +1,108 @@
+"""What a caller asks for, checked when it is said, and how far each request has come, as host integers."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Hashable, Sequence
+from dataclasses import dataclass
+from math import inf
+
+__all__ = ["Progress", "Request", "Sampling"]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a request's tokens are drawn from its logits.
+
+    Two requests that differ in nothing but their batch draw the same tokens: what is random depends on the seed and on
+    the token's number alone.
+
+    Args:
+        temperature: 0 takes the likeliest token; else logits are divided by it.
+        top_k: draw among so many of the likeliest; None among all.
+        top_p: of those, among the fewest whose probabilities reach this share.
+        seed: of this request.
+
+    Raises:
+        ValueError: a parameter out of range.
+    """
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < inf:
+            raise ValueError(f"`temperature` must be finite and >= 0, got {self.temperature}; 0 is greedy")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"`top_k` must be at least 1, got {self.top_k}; leave it out to draw among all tokens")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"`top_p` must be in (0, 1], got {self.top_p}")
+        if not 0 <= self.seed < 1 << 64:
+            raise ValueError(f"`seed` must be in [0, 2**64), got {self.seed}")
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt, and how to go on.
+
+    Args:
+        id: anything hashable; distinct among the requests that are live.
+        prompt: token ids.
+        max_new_tokens: the most tokens to generate.
+        sampling: how they are drawn.
+        stop_tokens: tokens after which the request is finished; they are part of its output.
+        stop_strings: texts after which it is finished; the tokens that complete one are part of its output.
+
+    Raises:
+        ValueError: an empty prompt, no tokens to generate, negative token ids, an empty stop string.
+    """
+
+    id: Hashable
+    prompt: Sequence[int]
+    max_new_tokens: int
+    sampling: Sampling = Sampling()
+    stop_tokens: Collection[int] = frozenset()
+    stop_strings: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "prompt", tuple(self.prompt))
+        object.__setattr__(self, "stop_tokens", frozenset(self.stop_tokens))
+        object.__setattr__(self, "stop_strings", tuple(self.stop_strings))
+        if not self.prompt:
+            raise ValueError(f"`prompt` must have at least one token, got none for request {self.id!r}")
+        if min(self.prompt) < 0:
+            raise ValueError(f"`prompt` must hold token ids >= 0, got {min(self.prompt)} for request {self.id!r}")
+        if self.max_new_tokens < 1:
+            raise ValueError(f"`max_new_tokens` must be at least 1, got {self.max_new_tokens} for request {self.id!r}")
+        if "" in self.stop_strings:
+            raise ValueError(f"`stop_strings` must not be empty texts, got one for request {self.id!r}")
+
+    @property
+    def most_cached(self) -> int:
+        """The most tokens that a cache ever holds of it: the last one generated is never appended."""
+        return len(self.prompt) + self.max_new_tokens - 1
+
+
+@dataclass(slots=True, eq=False)
+class Progress:
+    """How far one live request has come: all that composing a step needs to know of it.
+
+    `computed <= scheduled <= tokens`: between a step's begin and its end the two differ by the step's tokens. Where
+    several steps are in flight, what is in flight is what is scheduled and not computed.
+
+    Args:
+        id: the request's.
+        tokens: known so far, of its prompt and generated.
+        limit: the most tokens that a cache will hold of it.
+        scheduled: of the tokens, those that steps have been given so far.
+        computed: of them, those whose keys are in the cache.
+        served: number of the last step that it took part in.
+    """
+
+    id: Hashable
+    tokens: int
+    limit: int
+    scheduled: int = 0
+    computed: int = 0
+    served: int = -1

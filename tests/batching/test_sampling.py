@@ -1,0 +1,80 @@
+"""Sampling beside Transformers' own filters, and that no other row matters."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+from seqpar.batching import Request, Sampling, sample, uniform
+from tests.kernels.own_errors import own_errors
+
+CASES = [(0.7, None, 1.0), (1.0, 5, 1.0), (1.3, None, 0.6), (2.0, 7, 0.8), (0.5, 100, 0.3), (1.0, 1, 1.0)]
+
+
+def drawn(logits: torch.Tensor, count: int, **how: object) -> torch.Tensor:
+    """How often each token comes, over so many numbers."""
+    rows = logits.expand(count, -1)
+    tokens = sample(rows, [Sampling(seed=3, **how)] * count, range(count))  # type: ignore[arg-type]
+    return torch.bincount(torch.tensor(tokens), minlength=logits.shape[-1])
+
+
+@pytest.mark.parametrize(("temperature", "top_k", "top_p"), CASES)
+def test_tokens_are_drawn_as_transformers_filters_them(temperature: float, top_k: int | None, top_p: float) -> None:
+    logits = torch.randn(1, 40, generator=torch.Generator().manual_seed(1)) * 2
+    kept = TemperatureLogitsWarper(temperature)(None, logits.double())
+    kept = TopKLogitsWarper(top_k)(None, kept) if top_k else kept
+    expected = TopPLogitsWarper(top_p)(None, kept).softmax(-1)[0]
+    count = 4000
+    found = drawn(logits, count, temperature=temperature, top_k=top_k, top_p=top_p)
+    assert not found[expected == 0].any()
+    # Five standard deviations of a binomial, and one for the token that comes less than once.
+    assert ((found - count * expected).abs() <= 5 * (count * expected).sqrt() + 1).all()
+
+
+def test_no_other_row_matters() -> None:
+    logits = torch.randn(6, 300, generator=torch.Generator().manual_seed(2))
+    how = [Sampling(temperature=t, top_k=k, seed=s) for s, (t, k) in enumerate([(0.0, None), (1.0, 9)] * 3)]
+    numbers = [4, 0, 2, 7, 1, 1]
+    together = sample(logits, how, numbers)
+    assert together == [sample(logits[i : i + 1], [how[i]], [numbers[i]])[0] for i in range(6)]
+    order = [3, 1, 5, 0]
+    assert sample(logits[order], [how[i] for i in order], [numbers[i] for i in order]) == [together[i] for i in order]
+    assert together[0] == int(logits[0].argmax())
+
+
+def test_uniform_numbers_are_spread_and_do_not_repeat() -> None:
+    values = torch.tensor([uniform(seed, number) for seed in range(60) for number in range(60)], dtype=torch.float64)
+    assert values.unique().numel() == 3600 and values.min() >= 0 and values.max() < 1
+    counts = torch.histc(values, 10, 0.0, 1.0)
+    assert ((counts - 360).abs() < 5 * 360**0.5).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": -1.0}, "`temperature` must be finite and >= 0, got -1.0; 0 is greedy"),
+        ({"temperature": float("nan")}, "`temperature` must be finite"),
+        ({"top_k": 0}, "`top_k` must be at least 1, got 0"),
+        ({"top_p": 0.0}, r"`top_p` must be in \(0, 1\], got 0.0"),
+        ({"top_p": 1.1}, "`top_p` must be in"),
+        ({"seed": -1}, r"`seed` must be in \[0, 2\*\*64\), got -1"),
+    ],
+)
+def test_parameters_out_of_range(options: dict[str, object], message: str) -> None:
+    with own_errors(), pytest.raises(ValueError, match=message):
+        Sampling(**options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prompt": []}, "`prompt` must have at least one token, got none for request 'a'"),
+        ({"prompt": [1, -2]}, "`prompt` must hold token ids >= 0, got -2"),
+        ({"max_new_tokens": 0}, "`max_new_tokens` must be at least 1, got 0 for request 'a'"),
+        ({"stop_strings": ["x", ""]}, "`stop_strings` must not be empty texts"),
+    ],
+)
+def test_requests_that_are_none(options: dict[str, object], message: str) -> None:
+    with own_errors(), pytest.raises(ValueError, match=message):
+        Request(**{"id": "a", "prompt": [1], "max_new_tokens": 1, **options})  # type: ignore[arg-type]
