@@ -491,7 +491,7 @@ def _page_table(
         return torch.zeros(len(kv_lens), 0, dtype=torch.int32)
     if len(pages) != len(kv_lens):
         raise ValueError(f"`pages` must have one entry per request ({len(kv_lens)}), got {len(pages)}")
-    counts = [len(row) for row in pages]
+    counts = list(map(len, pages))
     if not all(map(le, kv_lens, [count * page_size for count in counts])):
         request = next(i for i, keys in enumerate(kv_lens) if counts[i] * page_size < keys)
         raise ValueError(

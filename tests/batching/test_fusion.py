@@ -52,6 +52,8 @@ arrivals = st.lists(
     max_tokens=whole(1, 12),
     max_requests=whole(1, 6),
     admission=st.sampled_from(["whole", "known"]),
+    preemption=st.sampled_from(["recompute", "swap"]),
+    compaction=st.sampled_from(["none", "tail", "window", "stable"]),
 )
 def test_any_mixture_gives_a_request_its_own_tokens(
     plan: list[tuple[int, int, int, int, int | None]],
@@ -61,11 +63,14 @@ def test_any_mixture_gives_a_request_its_own_tokens(
     max_tokens: int,
     max_requests: int,
     admission: Any,
+    preemption: Any,
+    compaction: Any,
 ) -> None:
     wanted = [request_of(number, prompt, new, way) for number, (_, prompt, new, way, _) in enumerate(plan)]
     most = max(-(-each.most_cached // page_size) for each in wanted)
     budget = Budget(max_tokens, max_requests, admission)
-    loop = loop_of(most + more_pages, page_size, policy=MAKE[name](), budget=budget)
+    options: dict[str, Any] = {"preemption": preemption, "compaction": compaction}
+    loop = loop_of(most + more_pages, page_size, policy=MAKE[name](), budget=budget, **options)
     model: Any = loop._model
     added: list[Generation] = []
     cancelled: set[int] = set()
@@ -107,7 +112,8 @@ def check(loop: TemporalFusion) -> None:
     assert set(loop.kv.ids) == {each.id for each in loop.running}
     for each in loop.running:
         assert each.computed == each.scheduled == loop.kv.length(each.id) <= each.tokens <= each.limit + 1
-    assert all(each.scheduled == 0 for each in loop.waiting)
+    for each in loop.waiting:
+        assert each.computed == each.scheduled == (loop._saved[each.id].length if each.id in loop._saved else 0)
 
 
 def test_tokens_are_streamed_by_iterating() -> None:
@@ -165,6 +171,42 @@ def test_a_model_that_fails_leaves_everything_as_it_was() -> None:
         loop.step()
     for generation in generations:
         assert list(generation) == alone(generation.request)[0]
+
+
+def test_buffers_are_reordered_when_a_request_leaves() -> None:
+    """One page for each request: what is left is one run of pages, by as few moves as there can be."""
+    loop = loop_of(8, 16, budget=Budget(100, 8), policy=StallFree(100), compaction="window")
+    generations = [loop.add(request_of(i, 4, 3 if i in (1, 3) else 9, 0)) for i in range(6)]
+    while loop.live:
+        before = {each: loop.kv.pages(each) for each in loop.kv.ids}
+        loop.step()
+        pages = {each: loop.kv.pages(each)[0] for each in loop.kv.ids}
+        if len(pages) == 4 < len(before):
+            assert sorted(pages.values()) == [2, 3, 4, 5], "the window with the most of them"
+            assert [before[each] for each in pages] == [(0,), (2,), (4,), (5,)] and pages[0] == 3
+    assert all(each.tokens == alone(each.request)[0] for each in generations)
+
+
+def preempts(preemption: Any) -> tuple[list[int], int]:
+    """Tokens of prompts that are computed while memory runs out: both need a fourth page at once."""
+    loop = loop_of(6, 4, budget=Budget(50, 4, "known"), policy=StallFree(50), preemption=preemption)
+    model: Any = loop._model
+    generations = [loop.add(request_of(i, 9, 7, 0)) for i in range(2)]
+    rows = []
+    while loop.live:
+        loop.step()
+        rows.append(0 if loop.latest is None else loop.latest.num_tokens)
+    assert all(each.tokens == alone(each.request)[0] for each in generations)
+    return rows, model.calls
+
+
+def test_who_gives_way_is_computed_again_or_kept() -> None:
+    again, kept = preempts("recompute")[0], preempts("swap")[0]
+    assert sum(kept) == 2 * 15 < sum(again)
+    assert again[0] == kept[0] == 18 and max(again[1:]) > 9 and max(kept[1:]) <= 2
+    for option in ("preemption", "compaction"):
+        with own_errors(), pytest.raises(ValueError, match=f"`{option}` must be .*, got 'none of them'"):
+            loop_of(**{option: "none of them"})
 
 
 def test_a_stop_string_is_found_across_tokens_and_not_before() -> None:

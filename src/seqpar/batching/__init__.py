@@ -19,7 +19,7 @@ from seqpar.batching.compose import (
     Step,
     compose,
 )
-from seqpar.batching.fusion import Emitted, Finish, Generation, StepFunction, TemporalFusion
+from seqpar.batching.fusion import Emitted, Finish, Generation, Preemption, StepFunction, TemporalFusion
 from seqpar.batching.requests import Progress, Request, Sampling
 from seqpar.batching.sampling import sample, uniform
 from seqpar.batching.sharing import share
@@ -35,6 +35,7 @@ __all__ = [
     "FullHybrid",
     "Generation",
     "Policy",
+    "Preemption",
     "PrefillFirst",
     "Progress",
     "Request",

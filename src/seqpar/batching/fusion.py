@@ -8,10 +8,10 @@ What runs in an iteration is `compose`'s, a pure function, and what is drawn dep
 that are told the same do the same without a word. Where only rank 0 hears of requests, it tells the others between the
 iterations (`lead`). Flover's barriers between ranks, and its handshake for every request, are not needed.
 
-A request's pages are freed when it leaves, and nothing else moves: rows of a batch are gathered through page tables.
+A request's pages are freed when it leaves, and nothing else need move, for page tables say what lies where. With
+`compaction` what is left is brought together: with one page for each request that is Flover's reordering of buffers.
 
-Source: Flover (arXiv:2305.13484), whose idea this is; its fixed slots and the copies between them are one choice of a
-cache's.
+Source: Flover (arXiv:2305.13484).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from itertools import accumulate
 from types import TracebackType
-from typing import Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Literal, NamedTuple, Protocol, get_args, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int64
@@ -31,11 +31,13 @@ from seqpar.batching.requests import Progress, Request
 from seqpar.batching.sampling import sample
 from seqpar.batching.sharing import share
 from seqpar.comm import ProcessGroup
-from seqpar.kv import PagedKV
+from seqpar.kv import PagedKV, SavedKV
+from seqpar.kv.compaction import Strategy
 from seqpar.ragged import RaggedBatch
 
-__all__ = ["Emitted", "Finish", "Generation", "StepFunction", "TemporalFusion"]
+__all__ = ["Emitted", "Finish", "Generation", "Preemption", "StepFunction", "TemporalFusion"]
 
+Preemption = Literal["recompute", "swap"]
 Finish = Literal["length", "stop_token", "stop_string", "cancelled"]
 
 
@@ -133,6 +135,8 @@ class TemporalFusion:
         vocab_size: ids that the model knows.
         policy: what a step is made of.
         budget: bounds of a step.
+        preemption: what becomes of the keys of a request that gives way: computed again, or kept in host memory.
+        compaction: how pages are brought together after requests have left; see `kv.compaction.plan`.
         text: what tokens say, for `stop_strings`; the same on every rank.
         lead: ranks of which only rank 0 is told of requests, and composes the steps for all; None where all ranks are
             called alike, or there is one.
@@ -151,13 +155,21 @@ class TemporalFusion:
         vocab_size: int,
         policy: Policy,
         budget: Budget,
+        preemption: Preemption = "recompute",
+        compaction: Strategy = "none",
         text: Callable[[Sequence[int]], str] | None = None,
         lead: ProcessGroup | None = None,
     ) -> None:
+        if preemption not in get_args(Preemption):
+            raise ValueError(f'`preemption` must be "recompute" or "swap", got {preemption!r}')
+        if compaction not in get_args(Strategy):
+            raise ValueError(f"`compaction` must be one of {', '.join(get_args(Strategy))}, got {compaction!r}")
         self.kv, self.policy, self.budget = kv, policy, budget
         self.steps = 0
         self.latest: Step | None = None
+        self.preemption, self.compaction = preemption, compaction
         self._model, self._vocab_size, self._text, self._lead = model, vocab_size, text, lead
+        self._saved: dict[Hashable, SavedKV] = {}
         self._live: dict[Hashable, Generation] = {}
         self._progress: dict[Hashable, Progress] = {}
         self._running: dict[Hashable, Progress] = {}
@@ -211,10 +223,13 @@ class TemporalFusion:
         Comm:  the model's, on every rank; a broadcast where one leads.
         """
         orders = self._orders()
+        before = set(self._running)
         emitted = self._leave(orders.leaving)
         if orders.plan.ids:
             self._rearrange(orders.plan)
             emitted += self._advance(orders.plan)
+        if not before <= self._running.keys():
+            self.kv.compact(self.compaction)
         return tuple(emitted)
 
     def run(self) -> Iterator[Emitted]:
@@ -308,6 +323,7 @@ class TemporalFusion:
                 del self._running[request]
             else:
                 self._waiting.remove(self._progress[request])
+                self._saved.pop(request, None)
             self._live[request].finish = "cancelled"
             self._forget(request)
         return [Emitted(request, None, "cancelled") for request in requests]
@@ -319,12 +335,17 @@ class TemporalFusion:
         """Take pages from those that a step preempts, and let others join."""
         for request in plan.preempted:
             progress = self._running.pop(request)
+            if self.preemption == "swap":
+                self._saved[request] = SavedKV.of(self.kv, request)
+            else:
+                progress.scheduled = progress.computed = 0
             self.kv.free(request)
-            progress.scheduled = progress.computed = 0
             self._waiting.appendleft(progress)
         for request in plan.admitted:
             progress = self._waiting.popleft()
             assert progress.id == request
+            if request in self._saved:
+                self._saved.pop(request).restore(self.kv, request)
             self._running[request] = progress
 
     def _advance(self, plan: Step) -> list[Emitted]:

@@ -9,6 +9,7 @@ is never written: of the page in which a request goes on it first takes a copy, 
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -34,13 +35,17 @@ class _Request:
 
     Attributes:
         version: of the cache when tokens of this request were last lost or moved.
+        pages: in order, packed as a batch's table takes them.
         keys: of its first pages, as far as those are full and their tokens known.
+        ready: tokens up to which it goes on in pages that are its own and found by nobody, so that most steps of most
+            requests need not ask for room; 0 where that has to be looked at.
     """
 
     version: int
-    pages: list[int] = field(default_factory=list)
+    pages: array[int] = field(default_factory=lambda: array("i"))
     length: int = 0
     keys: list[bytes] = field(default_factory=list)
+    ready: int = 0
 
 
 class _Room(NamedTuple):
@@ -195,18 +200,28 @@ class PagedKV:
             OutOfPages: not all of them fit; then nothing has changed.
             ValueError: a request may never hold as many pages, or a number is negative; likewise.
         """
-        room = self._room(q_lens)
+        there = self._requests
+        asking = {
+            request: new
+            for request, new in q_lens.items()
+            if request not in there or new < 0 or there[request].length + new > there[request].ready
+        }
+        if not asking:
+            return
+        room = self._room(asking)
         if room.wanted > self.free_pages:
             raise OutOfPages(
                 f"out of pages: the new tokens must fit into the free pages ({self.free_pages} of {self.num_pages}, "
                 f"{self.page_size} tokens each), got {room.wanted} wanted; free requests or grow the cache"
             )
         for request in room.copied:
-            self._take_copy(self._requests[request])
+            self._take_copy(there[request])
         self._allocator.forget(room.written)
         for request, count in room.lacking.items():
-            held = self._requests.setdefault(request, _Request(self.version))
-            held.pages += self._allocator.alloc(count)
+            there.setdefault(request, _Request(self.version)).pages.extend(self._allocator.alloc(count))
+        for request, new in asking.items():
+            if new:
+                there[request].ready = len(there[request].pages) * self.page_size
 
     def batch(
         self,
@@ -270,7 +285,7 @@ class PagedKV:
         self._allocator.free(held.pages[keep:])
         self.version += 1
         held.pages, held.length, held.version = held.pages[:keep], length, self.version
-        held.keys = held.keys[: length // self.page_size]
+        held.keys, held.ready = held.keys[: length // self.page_size], 0
         for ledger in self._ledgers:
             ledger.truncate(request, length)
 
@@ -295,7 +310,7 @@ class PagedKV:
             if new in self._requests:
                 self._allocator.free(self._requests[new].pages)
         for held in before.values():
-            held.version = self.version  # steps in flight would write where others read
+            held.version, held.ready = self.version, 0  # steps in flight would write where others read
         self._requests.update(after)
         for ledger in self._ledgers:
             ledger.select(sources)
@@ -336,7 +351,7 @@ class PagedKV:
         length = max(0, min(len(found) * self.page_size, len(tokens) - 1))
         pages = found[: self._pages_for(length)]
         self._allocator.fork(pages)
-        self._requests[request] = _Request(self.version, list(pages), length, keys[: length // self.page_size])
+        self._requests[request] = _Request(self.version, array("i", pages), length, keys[: length // self.page_size])
         for ledger in self._ledgers:
             ledger.begin(request, length)
         return length
@@ -377,7 +392,7 @@ class PagedKV:
             self._allocator.move(plan.moves)
             self.version += 1
             for held in self._requests.values():
-                pages = [plan.follow(page) for page in held.pages]
+                pages = array("i", map(plan.follow, held.pages))
                 if pages != held.pages:
                     held.pages, held.version = pages, self.version
         return plan
@@ -547,7 +562,7 @@ class PagedKV:
         for tensor in (*self._k, *self._v):
             tensor[target, :used] = tensor[source, :used]
         self._allocator.free([source])
-        held.pages = [*held.pages[:last], target, *held.pages[last + 1 :]]
+        held.pages[last] = target
 
     def _fork(self, held: _Request) -> _Request:
         """A request that holds the same tokens, in the same pages."""
