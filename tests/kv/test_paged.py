@@ -314,7 +314,7 @@ TestHistory.settings = settings(max_examples=60, stateful_step_count=20, deadlin
 
 @pytest.mark.slow
 class TestLongHistory(History.TestCase):
-    settings = settings(max_examples=1_500, stateful_step_count=60, deadline=None)
+    settings = settings(max_examples=500, stateful_step_count=50, deadline=None)
 
 
 def filled(page_size: int = 4, num_pages: int = 9, **tokens: int) -> tuple[PagedKV, dict[Hashable, list[int]]]:
@@ -359,6 +359,20 @@ def test_the_last_of_several_that_go_on_keeps_the_page() -> None:
     assert kv.wanted(dict.fromkeys("abc", 1)) == 2 == kv.free_pages and kv.wanted({"a": 1, "b": 0}) == 1
     step(kv, news)
     check(kv, {r: [*expected["a"], *new] for r, new in news.items()})
+
+
+def test_room_reserved_is_not_shared() -> None:
+    kv, expected = filled(a=6)
+    kv.reserve({"a": 7})
+    assert len(kv.pages("a")) == 4
+    kv.fork("a", "b")
+    assert kv.pages("b") == kv.pages("a")[:2]
+    step(kv, {"a": [70], "b": [71]})
+    assert len(kv.pages("a")) == 4 and kv.free_pages == 4  # one copy
+    kv.select({"b": "a"})
+    check(kv, {request: [*expected["a"], 70] for request in "ab"})
+    kv.select({"a": "b"})  # the room goes with the one that had it
+    assert kv.pages("a") == kv.pages("b") and kv.free_pages == 7
 
 
 def test_a_prompt_is_found_but_for_its_last_token() -> None:

@@ -121,7 +121,8 @@ class Pages(RuleBasedStateMachine):
         assert self.pages.num_idle == len(self.idle) and set(self.pages.remembered) == set(self.keys)
         assert self.pages.occupied == tuple(page in held for page in range(self.pages.num_pages))
         for page, key in self.keys.items():
-            assert self.pages.find([key, -1, key]) == (page,)
+            assert self.pages.find(key) == page
+        assert self.pages.find(-1) is None
 
 
 TestPages = Pages.TestCase
@@ -136,8 +137,8 @@ def test_the_end_of_what_was_let_go_first_goes_first() -> None:
     pages.free(one)
     pages.free(two)
     pages.fork([2])  # found again: out of the middle of what is idle
-    assert pages.alloc(1) == (5,) and pages.find([0, 1]) == (0, 1)  # blank ones first
-    assert pages.alloc(3) == (1, 0, 4) and pages.find([3]) == (3,) and pages.find([0]) == ()
+    assert pages.alloc(1) == (5,) and pages.find(1) == 1  # blank ones first
+    assert pages.alloc(3) == (1, 0, 4) and pages.find(3) == 3 and pages.find(0) is None
 
 
 @pytest.mark.parametrize(

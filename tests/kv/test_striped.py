@@ -80,6 +80,10 @@ operations = st.one_of(
     st.tuples(st.just("truncate"), requests, st.integers(0, 9)),
     st.tuples(st.just("select"), st.dictionaries(requests, requests, min_size=1, max_size=3)),
     st.tuples(st.just("grow"), st.integers(0, 3)),
+    st.tuples(st.just("fork"), requests, requests),
+    st.tuples(st.just("share"), requests),
+    st.tuples(st.just("reuse"), requests, requests, st.integers(0, 40)),
+    st.tuples(st.just("compact"), st.sampled_from(["tail", "window", "stable"])),
 )
 
 
@@ -92,6 +96,10 @@ def test_any_history_leaves_every_token_on_its_owner(ranks: int, run: int, round
             caches.step(args[0])
         elif name == "grow":
             caches.all(lambda kv, more=args[0]: kv.grow(num_pages=kv.num_pages + more))
+        elif name == "share":  # as if all tokens of a request were one
+            caches.all(lambda kv, r=args[0]: kv.share(r, [r] * 40))
+        elif name == "reuse":
+            caches.all(lambda kv, args=args: kv.reuse(args[0], [args[1]] * args[2]))
         else:
             caches.all(lambda kv, name=name, args=args: getattr(kv, name)(*args))
         caches.check()

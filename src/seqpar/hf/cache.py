@@ -93,9 +93,6 @@ class CacheStore:
         """Let request i hold what request `indices[i]` held."""
         if self.kv is None or not self.lengths or list(indices) == list(range(len(self.lengths))):
             return
-        pages = len(indices) * max(len(self.kv.pages(request)) for request in self.kv.ids)
-        if self.num_pages is None and pages > self.kv.num_pages:
-            self.kv.grow(num_pages=pages)
         self.kv.select(dict(enumerate(indices)))
         for request in range(len(indices), len(self.lengths)):
             self.kv.free(request)

@@ -327,8 +327,7 @@ class PagedKV:
 
     def reusable(self, tokens: Sequence[int], *, salt: bytes = b"") -> int:
         """How many of the tokens `reuse` would find."""
-        found = self._allocator.find(page_keys(tokens, self.page_size, salt))
-        return max(0, min(len(found) * self.page_size, len(tokens) - 1))
+        return self._found(tokens, salt).length
 
     def reuse(self, request: Hashable, tokens: Sequence[int], *, salt: bytes = b"") -> int:
         """Begin a request with those of its first tokens that are still here, and say how many.
@@ -346,15 +345,12 @@ class PagedKV:
         """
         if request in self._requests:
             raise ValueError(f"`request` must not be held yet, got {request!r}; free it first")
-        keys = list(page_keys(tokens, self.page_size, salt))
-        found = self._allocator.find(keys)
-        length = max(0, min(len(found) * self.page_size, len(tokens) - 1))
-        pages = found[: self._pages_for(length)]
-        self._allocator.fork(pages)
-        self._requests[request] = _Request(self.version, array("i", pages), length, keys[: length // self.page_size])
+        found = self._found(tokens, salt)
+        self._allocator.fork(found.pages)
+        self._requests[request] = found
         for ledger in self._ledgers:
-            ledger.begin(request, length)
-        return length
+            ledger.begin(request, found.length)
+        return found.length
 
     def share(self, request: Hashable, tokens: Sequence[int], *, salt: bytes = b"") -> None:
         """Let later requests find a request's full pages by its tokens, as far as all layers have appended them.
@@ -438,6 +434,10 @@ class PagedKV:
             spare = held.pages[self._pages_for(held.length) :]
             assert all(self._allocator.holders(page) == 1 for page in spare), f"request {name!r} shares empty pages"
             assert len(held.keys) * self.page_size <= held.length, f"request {name!r} has more keys than full pages"
+            if held.length % self.page_size and held.ready > held.length:
+                page = held.pages[held.length // self.page_size]
+                assert self._allocator.holders(page) == 1, f"request {name!r} goes on in a page of others"
+                assert page not in self._allocator.remembered, f"request {name!r} goes on in a page that is found"
 
     # What lies in them.
 
@@ -569,6 +569,18 @@ class PagedKV:
         pages = held.pages[: self._pages_for(held.length)]
         self._allocator.fork(pages)
         return _Request(self.version, pages, held.length, list(held.keys))
+
+    def _found(self, tokens: Sequence[int], salt: bytes) -> _Request:
+        """A request with those of its tokens that are here, at least one being left to compute."""
+        pages, keys = array("i"), []
+        for key in page_keys(tokens, self.page_size, salt):
+            page = self._allocator.find(key)
+            if page is None:
+                break
+            pages.append(page)
+            keys.append(key)
+        length = max(0, min(len(pages) * self.page_size, len(tokens) - 1))
+        return _Request(self.version, pages[: self._pages_for(length)], length, keys[: length // self.page_size])
 
     def _forget_keys(self) -> None:
         """Let no page be found by its tokens any more."""

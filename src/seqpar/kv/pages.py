@@ -134,15 +134,9 @@ class PageAllocator:
                 del self._idle[page]
                 heapq.heappush(self._blank, page)
 
-    def find(self, keys: Iterable[Hashable]) -> tuple[int, ...]:
-        """The pages of the first keys, up to one that is not known."""
-        found = []
-        for key in keys:
-            page = self._pages.get(key)
-            if page is None:
-                break
-            found.append(page)
-        return tuple(found)
+    def find(self, key: Hashable) -> int | None:
+        """The page of a key, if it is still there."""
+        return self._pages.get(key)
 
     def grow(self, num_pages: int) -> None:
         """Add blank pages, so that there are `num_pages`.

@@ -32,8 +32,8 @@ class StripedKV(PagedKV):
     """Keys and values of many requests of which this rank holds some tokens, for all KV heads of its `tp` shard.
 
     It is used as a `PagedKV` is: `batch`, then in every layer `append` with the keys of all new tokens, of which those
-    of this rank are written, and `read`, which gives this rank's share. `free`, `truncate`, `select` and `grow` are to
-    be called alike on all ranks.
+    of this rank are written, and `read`, which gives this rank's share. Whatever changes who holds what (`free`,
+    `truncate`, `select`, `share`, `reuse`, `compact`, `grow`) is to be called alike on all ranks.
 
     Args:
         num_layers: Layers that append.
