@@ -419,6 +419,18 @@ def test_room_is_made_by_what_was_not_asked_for_longest() -> None:
     assert kv.idle_pages == kv.free_pages == 1
 
 
+def test_a_copy_is_found_once_the_first_one_is_gone() -> None:
+    kv = PagedKV(LAYERS, 4, 4, HEADS, DIM, dtype=torch.float64)
+    step(kv, {"a": [1, 2, 3, 4], "b": [1, 2, 3, 4]})
+    for request in "ab":
+        kv.share(request, [1, 2, 3, 4])
+    kv.free("a")
+    kv.reserve({"c": 12})
+    assert kv.reusable([1, 2, 3, 4, 5]) == 0
+    kv.share("b", [1, 2, 3, 4])
+    assert kv.reusable([1, 2, 3, 4, 5]) == 4
+
+
 def test_longer_pages_are_not_found_by_shorter_keys() -> None:
     kv = PagedKV.contiguous(LAYERS, 2, 2, HEADS, DIM, dtype=torch.float64)
     step(kv, {"a": [1, 2]})
