@@ -132,7 +132,7 @@ class Stack:
             else:
                 with link.on(self.base.flat, *self.places[layout][1:3]):
                     comm.interleave([steps])
-        return Run(*_slots(trace), time.perf_counter() - start)
+        return Run(*slots(trace), time.perf_counter() - start)
 
     def verify(self, tokens: int) -> float:
         """The largest error of any layout against one process in float64."""
@@ -183,7 +183,7 @@ def inputs(tokens: int) -> tuple[Tensor, Tensor, Tensor]:
     return x, angles.cos(), angles.sin()
 
 
-def _slots(trace: comm.Trace) -> tuple[list[float], list[int]]:
+def slots(trace: comm.Trace) -> tuple[list[float], list[int]]:
     """Processor time up to each launch, and what was sent there; the last slot sends nothing."""
     compute, sent = [0.0], []
     intervals = [interval for interval in trace.intervals if interval.kind != "wait" and interval.program]
@@ -196,7 +196,7 @@ def _slots(trace: comm.Trace) -> tuple[list[float], list[int]]:
     return compute, sent
 
 
-def _over_ranks(runs: Sequence[Run]) -> Step:
+def over_ranks(runs: Sequence[Run]) -> Step:
     """The slowest rank of every slot and of every run."""
     mine = torch.tensor([[*run.compute_s, *run.sent, run.wall_s] for run in runs], dtype=torch.float64)
     dist.all_reduce(mine, op=dist.ReduceOp.MAX)
@@ -220,7 +220,7 @@ def measure(ranks: int, sizes: Sequence[int], quick: bool, simulated: bool) -> t
     if simulated:
         probe = min(1024, max(sizes))
         runs = [stack.once(probe, full, None) for _ in range(4)]
-        rate = rate_for(_over_ranks(runs[1:]), SHARES[-1])
+        rate = rate_for(over_ranks(runs[1:]), SHARES[-1])
         link = SimulatedLink(ALPHA_S, rate)
     found: dict[Layout, dict[int, Step]] = {layout: {} for layout in stack.places}
     for at, tokens in enumerate(sizes):
@@ -232,7 +232,7 @@ def measure(ranks: int, sizes: Sequence[int], quick: bool, simulated: bool) -> t
                 if turn >= 0:
                     runs_of[layout].append(run)
         for layout, runs in runs_of.items():
-            found[layout][tokens] = _over_ranks(runs)
+            found[layout][tokens] = over_ranks(runs)
     progress(len(sizes), len(sizes), "done")
     return found, rate, error
 

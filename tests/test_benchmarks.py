@@ -363,3 +363,55 @@ def test_long_contexts_write_their_tables(paper_long, tmp_path: Path, capsys: py
     assert json.loads((tmp_path / "x.json").read_text())["crossover"]["measured"] == 6400
     kept = (BENCHMARKS.parent / "docs/results/paper-long.md").read_text()
     assert text.split(paper_long.BEGIN)[1].split(paper_long.END)[0] in kept
+
+
+@pytest.fixture
+def decode(common, monkeypatch: pytest.MonkeyPatch):
+    import decode
+
+    return decode
+
+
+def made_up_decodes(decode, slope: float, noise: float = 0.0):
+    """Seconds of compute alone: 1 and `slope` of each thousand tokens by heads, 3 and a half of that if spread.
+
+    The odd repetitions take `noise` longer by heads.
+    """
+    found = {}
+    for batch in decode.BATCHES:
+        for context in (decode.SHORT, *(n for n in decode.QUICK_CONTEXTS if n * batch <= decode.MOST)):
+            read = slope * batch * context / 1000
+            for form in decode.FORMS:
+                local = form == "local"
+                seconds = 1.0 + read if local else 3.0 + read / 2
+                slots = 1 if local else 2 if form == "helix" else 4 if form == "ag_rs" else 3
+                runs = [[seconds + noise * local * (turn % 2)] + [0.0] * (slots - 1) for turn in range(4)]
+                found[decode.Key(form, batch, context)] = decode.Step(runs, [100] * (slots - 1), [])
+    return found
+
+
+def test_decodes_cross_where_reading_saves_what_exchanges_take(decode) -> None:
+    """2 s and two exchanges of half a second or none: 3 s or 2 of half the reading."""
+    case = decode.Case(2, 1)
+    for alpha_s, tokens in ((0.0, 4000), (0.5, 6000)):
+        link = decode.LinkCosts(alpha_s, 1e12)
+        verdict = decode.judge(case, "made up", made_up_decodes(decode, 1.0), decode.QUICK_KNOWN, link)
+        assert verdict.costs.crossover(1) == pytest.approx(tokens, rel=0.01)
+        assert verdict.crossover(1) == pytest.approx(tokens, rel=0.01)
+        assert verdict.crossover(8) == pytest.approx(tokens / 8, rel=0.02)
+        rows = {row.name: row for row in decode.rows_of(verdict)}
+        assert all(row.ok for row in rows.values() if row.target is not None)
+        assert rows["2 ranks, 1 KV head(s), made up, 65536 tokens: helix ÷ local"].value < 1
+    never = decode.judge(case, "made up", made_up_decodes(decode, 0.0), decode.QUICK_KNOWN, link)
+    assert never.crossover(1) is None and never.costs.crossover(1) is None
+    assert [row.ok for row in decode.rows_of(never) if "crossover none up to 65536" in row.name] == [True]
+
+
+def test_a_rule_of_other_times_than_judged_is_off_and_regretted(decode) -> None:
+    """By heads it takes 2 s more where it is judged, so that queries should travel always: the rule saw otherwise."""
+    link = decode.LinkCosts(0.0, 1e12)
+    measured = made_up_decodes(decode, 1.0, noise=2.5)
+    verdict = decode.judge(decode.Case(2, 1), "made up", measured, decode.QUICK_KNOWN, link)
+    rows = [row for row in decode.rows_of(verdict) if row.target is not None]
+    assert verdict.crossover(1) is None and not any(row.ok for row in rows if "1 request(s)" in row.name)
+    assert verdict.regret(1, 1024) == pytest.approx((1 + 1.024 + 2.5) / (3 + 0.512) - 1)

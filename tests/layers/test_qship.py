@@ -142,7 +142,7 @@ def decodes(mesh: comm.DeviceMesh, case: Case) -> None:
         else:
             qkv = pack(heads, tp_rank, *(x[tokens] for x in new))
         before = qkv.clone()
-        core.exchange = ("a2a", "ag_rs", 4)[number // len(layouts) % 3]
+        core.exchange = ("ag_rs", "a2a", 4)[number // len(layouts) % 3]
         reduces = core.exchange == "ag_rs" or (core.exchange == 4 and batch.num_tokens >= 4)
         with comm.record() as sent:
             out = core(qkv, batch, kv=kv, layout=layout, whole=case.whole)
@@ -584,6 +584,30 @@ def yields(mesh: comm.DeviceMesh) -> list[str]:
 
 def test_a_step_marks_its_append() -> None:
     assert run_mesh((1, 2), yields) == [["Handle", "Mark", "Handle"]] * 2
+
+
+class Watched(QShipDecodeAttention):
+    """Knows how many collectives were launched when it began to attend among the step's own tokens."""
+
+    launched = 0
+
+    def _attend_current(self, *args: Any) -> Any:
+        self.launched = self.counted.total.calls
+        return super()._attend_current(*args)
+
+
+def under_way(mesh: comm.DeviceMesh) -> None:
+    groups = comm.groups(mesh)
+    for exchange, calls in (("a2a", 2), ("ag_rs", 3)):
+        core = Watched(HeadMap(8, 2, 1, 2), DIM, group=groups.sp, exchange=exchange)
+        kv = make(groups, CASES[0])[1]
+        with comm.record() as core.counted:
+            core(torch.zeros(1, 12 * DIM, dtype=torch.float64), kv.batch([0], [2]), kv=kv)
+        assert (core.launched, core.counted.total.calls) == (2, calls)
+
+
+def test_current_tokens_are_attended_to_while_partials_travel() -> None:
+    run_mesh((1, 2), under_way)
 
 
 def refusals(mesh: comm.DeviceMesh) -> None:

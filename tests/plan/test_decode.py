@@ -76,6 +76,14 @@ def test_by_heads_there_is_something_to_save_only_where_kv_heads_are_replicated(
         assert (costs.crossover() is None) == (shared == 1)
 
 
+def test_moving_a_cache_by_heads_takes_what_leaves_each_rank() -> None:
+    """Four ranks with two KV heads each deal out three quarters of the tokens, 512 bytes a head."""
+    link = LinkCosts(3e-6, 1e9)
+    costs = decode_costs(HeadMap(**LLAMA_8B, sp=4), 128, link=link, memory_bytes_per_s=H100)
+    assert costs.move is not None
+    assert costs.move(1000) == pytest.approx(3e-6 + 0.75 * 1000 * 2 * 512 / 1e9)
+
+
 def test_a_window_caps_what_can_be_saved() -> None:
     link = LinkCosts(20e-6, inf)
     crossover = on_one_rank(link).crossover()
