@@ -10,10 +10,11 @@ repetitions), put into the schedule with the link's times, as if every rank had 
 
 *2 ranks, nothing simulated*, a core each: whole steps by the wall clock, the slowest rank's, medians over rounds.
 
-`"auto"` is `plan.shift` on the first half of the repetitions, at every other size; what it chose is judged on the
-other half, at all sizes. Its regret is its time beside that of the better one of pure tensor parallelism and pure
-Ulysses, and for the trace the same of each metric. Layouts take turns in every round, so that ratios of the wall clock
-are paired.
+`"auto"` is `plan.shift` on one half of the repetitions, at the sizes that `plan.calibrate_layouts` would measure:
+powers of two, and those halfway between where the choice is in doubt. What it chose is judged on the other half, at all
+sizes, also those that it has not seen. Its regret is its time beside that of the better one of pure tensor parallelism
+and pure Ulysses, and for the trace the same of each metric. Layouts take turns in every round, so that ratios of the
+wall clock are paired.
 """
 
 from __future__ import annotations
@@ -41,8 +42,9 @@ HIDDEN, MLP, HEADS, KV_HEADS, HEAD_DIM = 1024, 2816, 16, 4, 64
 ALPHA_S = 50e-6
 SHARES = (0.15, 0.5)
 KNOWN = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096)  # those of `seqpar.hf.AutoShift`
-SIZES = tuple(sorted((*KNOWN, 3, 6, 12, 24, 48, 96, 192, 384, 768, 2048)))
-QUICK_SIZES, QUICK_KNOWN = (1, 8, 64, 256), (1, 64, 256)
+REFINE = 2  # times, as there
+OTHERS = (3, 5, 6, 10, 12, 20, 24, 40, 48, 80, 96, 160, 192, 384, 768, 2048)
+QUICK_KNOWN, QUICK_OTHERS = (1, 64, 256), (8,)
 REQUESTS, QUICK_REQUESTS = 240, 40
 REGRET, TRACE_REGRET = 0.03, 0.05
 TOLERANCE = 2e-5  # float32 against float64; sums over at most 4096 terms
@@ -66,16 +68,46 @@ class Step(NamedTuple):
     sent: list[int]
     wall_s: list[float]
 
-    def seconds(self, half: slice, link: SimulatedLink | None) -> float:
-        """The median of some repetitions: replayed on a link, or by the wall clock."""
-        if link is None:
-            return statistics.median(self.wall_s[half])
+    def seconds(self, half: slice, link: SimulatedLink) -> float:
+        """The median of some repetitions, replayed on a link."""
         computes = [statistics.median(slot) for slot in zip(*self.compute_s[half], strict=True)]
         travels = [link.seconds(size) for size in self.sent]
         return plan.makespan([[plan.Slot(*slot) for slot in zip(computes, [*travels, 0.0], strict=True)]]).total_s
 
 
 Measured = dict[Layout, dict[int, Step]]
+
+
+def seconds_of(measured: Measured, tokens: int, half: slice, link: SimulatedLink | None) -> dict[Layout, float]:
+    """Seconds of a size under each layout: replayed on a link, or by the wall clock.
+
+    By the wall clock layouts are compared within the rounds in which they took turns, and what all took is put back.
+    """
+    steps = {layout: rows[tokens] for layout, rows in measured.items()}
+    if link is not None:
+        return {layout: step.seconds(half, link) for layout, step in steps.items()}
+    rounds = [statistics.fmean(times) for times in zip(*(step.wall_s[half] for step in steps.values()), strict=True)]
+    typical = statistics.median(rounds)
+    return {
+        layout: typical * statistics.median(a / b for a, b in zip(step.wall_s[half], rounds, strict=True))
+        for layout, step in steps.items()
+    }
+
+
+def costs_of(measured: Measured, sizes: Sequence[int], link: SimulatedLink | None, source: str) -> plan.StepCosts:
+    """What auto knows at some sizes, from the half of the repetitions that it sees."""
+    seen = {tokens: seconds_of(measured, tokens, SEEN, link) for tokens in sizes}
+    curves = {layout: plan.Curve(tuple(sizes), tuple(seen[n][layout] for n in sizes)) for layout in measured}
+    return plan.StepCosts(curves, source=source, resolution=0.01)
+
+
+def refined(measured: Measured, known: Sequence[int], link: SimulatedLink | None, times: int) -> tuple[int, ...]:
+    """The sizes that auto would know: the first ones, and so often those halfway between where it is in doubt."""
+    sizes = tuple(known)
+    for _ in range(times):
+        costs = costs_of(measured, sizes, link, "")
+        sizes = tuple(sorted({*sizes, *plan.undecided(costs)}))
+    return sizes
 
 
 class Stack:
@@ -207,34 +239,53 @@ def over_ranks(runs: Sequence[Run]) -> Step:
 
 
 def repeats_of(tokens: int, quick: bool) -> int:
-    return 4 if quick else 40 if tokens <= 64 else 20 if tokens <= 512 else 8 if tokens <= 2048 else 6
+    return 4 if quick else 48 if tokens <= 64 else 24 if tokens <= 512 else 8 if tokens <= 2048 else 6
 
 
 @torch.no_grad()
-def measure(ranks: int, sizes: Sequence[int], quick: bool, simulated: bool) -> tuple[Measured, float | None, float]:
-    """All sizes under all layouts, the rate of the link in force for the wall clock, and the largest error."""
-    stack = Stack(ranks, max(sizes))
+def measure(ranks: int, quick: bool, simulated: bool) -> tuple[Measured, float | None, float]:
+    """All sizes under all layouts, the rate of the link in force for the wall clock, and the largest error.
+
+    First those that auto knows, then those it would ask for (each on its link), then others.
+    """
+    known, others = (QUICK_KNOWN, QUICK_OTHERS) if quick else (KNOWN, OTHERS)
+    most = max(known)
+    stack = Stack(ranks, most)
     error = max(stack.verify(tokens) for tokens in (5, 130))
     full = Layout(ranks, 1)
     link = rate = None
     if simulated:
-        probe = min(1024, max(sizes))
+        probe = min(1024, most)
         runs = [stack.once(probe, full, None) for _ in range(4)]
         rate = rate_for(over_ranks(runs[1:]), SHARES[-1])
         link = SimulatedLink(ALPHA_S, rate)
     found: dict[Layout, dict[int, Step]] = {layout: {} for layout in stack.places}
-    for at, tokens in enumerate(sizes):
-        progress(at, len(sizes), f"{ranks} ranks, {tokens} tokens")
-        runs_of: dict[Layout, list[Run]] = {layout: [] for layout in stack.places}
-        for turn in range(-1, repeats_of(tokens, quick)):
-            for layout in stack.places:
-                run = stack.once(tokens, layout, link)
-                if turn >= 0:
-                    runs_of[layout].append(run)
-        for layout, runs in runs_of.items():
-            found[layout][tokens] = over_ranks(runs)
-    progress(len(sizes), len(sizes), "done")
-    return found, rate, error
+    waiting = list(known)
+    for more in range(REFINE + 2):
+        for at, tokens in enumerate(waiting):
+            progress(at, len(waiting), f"{ranks} ranks, {tokens} tokens")
+            runs_of: dict[Layout, list[Run]] = {layout: [] for layout in stack.places}
+            for turn in range(-1, repeats_of(tokens, quick)):
+                for layout in stack.places:
+                    run = stack.once(tokens, layout, link)
+                    if turn >= 0:
+                        runs_of[layout].append(run)
+            for layout, runs in runs_of.items():
+                found[layout][tokens] = over_ranks(runs)
+        progress(len(waiting), len(waiting), f"{ranks} ranks, done")
+        wanted = set(others) if more == REFINE else set()
+        if more < REFINE:
+            for each in links_of(found, ranks).values() if simulated else [None]:
+                wanted |= {*refined(found, known, each, more + 1)}
+        waiting = sorted(wanted - {*found[full]})
+    return {layout: dict(sorted(steps.items())) for layout, steps in found.items()}, rate, error
+
+
+def links_of(measured: Measured, ranks: int) -> dict[float, SimulatedLink]:
+    """A link for each share of communication, from the pure tensor-parallel step of 1024 tokens."""
+    steps = measured[Layout(ranks, 1)]
+    reference = steps[min(1024, max(steps))]
+    return {share: SimulatedLink(ALPHA_S, rate_for(reference, share)) for share in SHARES}
 
 
 def rate_for(step: Step, share: float) -> float:
@@ -267,16 +318,10 @@ class Verdict(NamedTuple):
 
 def judge(name: str, measured: Measured, known: Sequence[int], link: SimulatedLink | None, requests: int) -> Verdict:
     """Choose by the even repetitions, judge by the odd ones."""
-    curves = {
-        layout: plan.Curve(tuple(known), tuple(steps[tokens].seconds(SEEN, link) for tokens in known))
-        for layout, steps in measured.items()
-    }
-    choice = plan.shift(plan.StepCosts(curves, source=f"{name}, measured", resolution=0.01))
-    judged = {
-        layout: {tokens: step.seconds(JUDGED, link) for tokens, step in steps.items()}
-        for layout, steps in measured.items()
-    }
-    sizes = tuple(next(iter(judged.values())))
+    choice = plan.shift(costs_of(measured, refined(measured, known, link, REFINE), link, f"{name}, measured"))
+    sizes = tuple(next(iter(measured.values())))
+    seconds = {tokens: seconds_of(measured, tokens, JUDGED, link) for tokens in sizes}
+    judged = {layout: {tokens: seconds[tokens][layout] for tokens in sizes} for layout in measured}
     times = {layout: plan.Curve(sizes, tuple(row.values())) for layout, row in judged.items()}
     most = sizes[-1]
     capacity = max(most / row[most] for row in judged.values())
@@ -368,12 +413,11 @@ def main() -> None:
     arguments = parser(__doc__ or "")
     arguments.add_argument("--explain", action="store_true", help="print why each choice was made")
     args = arguments.parse_args()
-    sizes, known = (QUICK_SIZES, QUICK_KNOWN) if args.quick else (SIZES, KNOWN)
+    known = QUICK_KNOWN if args.quick else KNOWN
     requests = QUICK_REQUESTS if args.quick else REQUESTS
-    four, rate, error = launch(4, measure, 4, sizes, args.quick, True)
-    two, _, other_error = launch(2, measure, 2, sizes, args.quick, False)
-    reference = four[Layout(4, 1)][min(1024, max(sizes))]
-    links = {share: SimulatedLink(ALPHA_S, rate_for(reference, share)) for share in SHARES}
+    four, rate, error = launch(4, measure, 4, args.quick, True)
+    two, _, other_error = launch(2, measure, 2, args.quick, False)
+    links = links_of(four, 4)
     verdicts = [judge(f"4 ranks, f={share:g}", four, known, link, requests) for share, link in links.items()]
     verdicts.append(judge("2 ranks", two, known, None, requests))
     rows = [*rows_of(verdicts), *wall_rows("2 ranks", two, verdicts[-1].choice)]

@@ -213,6 +213,21 @@ def test_auto_is_judged_by_what_it_has_not_seen(shift) -> None:
     assert rows["made up, trace, tokens/s: regret of auto"].value > 0
 
 
+def test_layouts_are_compared_within_rounds_and_refined_between_unlike_ends(shift) -> None:
+    """The machine gets slower from round to round, by the same for both; they cross between 8 and 16 tokens."""
+    from seqpar.partition import Layout
+
+    rounds = (1.0, 1.0, 7.0, 7.0, 3.0, 3.0)  # seen are the first, third and fifth
+    times = {1: (2.0, 4.0), 8: (2.0, 4.0), 12: (2.0, 3.0), 14: (4.0, 3.0), 16: (4.0, 3.0)}
+    steps = {
+        layout: {n: shift.Step([], [], [slow * pair[at] for slow in rounds]) for n, pair in times.items()}
+        for at, layout in enumerate((Layout(2, 1), Layout(1, 2)))
+    }
+    assert shift.seconds_of(steps, 12, shift.SEEN, None) == pytest.approx({Layout(2, 1): 6.0, Layout(1, 2): 9.0})
+    assert shift.refined(steps, (1, 8, 16), None, 1) == (1, 8, 12, 16)
+    assert shift.refined(steps, (1, 8, 16), None, 2) == (1, 8, 12, 14, 16)
+
+
 def test_a_replayed_step_waits_for_its_link(shift) -> None:
     """Slots of 1, 2 and 3 s, sums of 100 and 200 bytes at 100 bytes a second: 6 + 3 s; medians are of each slot."""
     from seqpar.comm import SimulatedLink

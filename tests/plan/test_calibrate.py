@@ -11,7 +11,7 @@ import torch
 from seqpar import comm
 from seqpar.layers import ParallelDecoderLayer, name_modules
 from seqpar.partition import HeadMap, Layout
-from seqpar.plan import LayerCosts, calibrate, calibrate_layouts, overlap, shift
+from seqpar.plan import Curve, LayerCosts, StepCosts, calibrate, calibrate_layouts, overlap, shift, undecided
 from tests.kernels.own_errors import own_errors
 from tests.layers.reference import DecoderLayer
 from tests.ranks import run_mesh
@@ -151,19 +151,38 @@ def in_layouts(mesh: comm.DeviceMesh) -> Any:
             num_layers=6,
             tokens=(1, 24, 80),
             rounds=1,
+            refine=0,
             progress=lambda *counts: told.append(counts),
         )
-    assert told[-1] == (24, 24) and len(told) == 24  # two layouts of 1 + 4, 1 + 4 and 1 + 1
+        assert told[-1] == (24, 24) and len(told) == 24  # two layouts of 1 + 4, 1 + 4 and 1 + 1
+    with comm.SimulatedLink(alpha_s=2e-3, bytes_per_s=16 * 4 * 1e4).on(groups.flat):  # a token takes as long either way
+        finer = calibrate_layouts(
+            layers,
+            layouts=list(layouts),
+            group=groups.flat,
+            num_layers=6,
+            tokens=(1, 80),
+            rounds=1,
+            progress=lambda *counts: told.append(counts),
+        )
     with own_errors():
         for wrong in ([], [Layout(1, 1)]):
             with pytest.raises(ValueError, match="`layouts` must be some that were added to the layers, got"):
                 calibrate_layouts(layers, layouts=wrong, group=groups.flat, num_layers=2)
-    return costs
+        with pytest.raises(ValueError, match="`refine` must be at least 0, got -1"):
+            calibrate_layouts(layers, layouts=list(layouts), group=groups.flat, num_layers=2, refine=-1)
+    assert told[-1][0] == told[-1][1]
+    return costs, finer
 
 
 def test_layouts_are_timed_alike_on_all_ranks() -> None:
-    first, second = run_mesh((1, 2), in_layouts)
-    assert first == second and sorted(first.curves) == [(1, 2), (2, 1)]
+    (first, finer), second = run_mesh((1, 2), in_layouts)
+    assert (first, finer) == second and sorted(first.curves) == sorted(finer.curves) == [(1, 2), (2, 1)]
+    sizes: tuple[int, ...] = (1, 80)
+    for _ in range(2):
+        known = {k: Curve(sizes, tuple(map(curve, sizes))) for k, curve in finer.curves.items()}
+        sizes = tuple(sorted({*sizes, *undecided(StepCosts(known))}))
+    assert {curve.tokens for curve in finer.curves.values()} == {sizes} and {1, 40, 80} <= {*sizes}
     tensor = first.curves[Layout(2, 1)]
     assert tensor.tokens == (1, 24, 80)
     assert all(tensor(n) >= n * 1.2e-3 for n in tensor.tokens)  # six layers of two sums

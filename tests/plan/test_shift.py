@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from seqpar.partition import Layout, Shift
-from seqpar.plan import Curve, ShiftChoice, StepCosts, shift
+from seqpar.plan import Curve, ShiftChoice, StepCosts, shift, undecided
 
 SP, MIX, TP = Layout(1, 4), Layout(2, 2), Layout(4, 1)
 NAMES = (SP, MIX, TP)
@@ -130,6 +130,19 @@ def test_a_border_lies_at_the_crossing_and_not_where_staying_ceases_to_be_tolera
     costs = lines(0.2, sp=(3.0, 0.01), tp=(1.0, 0.02))
     assert shift(costs).shift.spans == ((1, TP), (200, SP))
     assert len(shift(costs, margin=5.0).shift.spans) == 1
+
+
+def test_sizes_in_doubt_are_those_between_unlike_or_close_ends() -> None:
+    known = (1, 2, 4, 8, 16, 32, 64)
+    one, other = (10, 10, 10, 10, 20, 20, 20), (20, 20, 20, 20, 21.9, 10, 10)
+    costs = costs_of([(list(known), list(map(float, one))), (list(known), list(map(float, other)))], 0.0)
+    assert undecided(costs) == (12, 24)  # close at 16, and another one is the fastest at 32
+    assert undecided(costs, band=0.09) == (24,)
+    assert undecided(costs, band=1.0) == (3, 6, 12, 24, 48)  # nothing lies between 1 and 2
+    assert undecided(costs, finest=2.1) == ()
+    assert undecided(costs_of([([1, 64], [1.0, 2.0])], 0.0)) == ()  # nothing to choose
+    with pytest.raises(ValueError, match=re.escape("`band` must be >= 0 and `finest` >= 1, both finite, got -1")):
+        undecided(costs, band=-1.0)
 
 
 def test_nothing_is_decided_beyond_what_was_measured() -> None:

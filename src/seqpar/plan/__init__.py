@@ -32,7 +32,7 @@ from seqpar.plan.overlap import Candidate, OverlapChoice, overlap
 from seqpar.plan.prefill import ModelShape, prefill_costs
 from seqpar.plan.ring import RingCase, RingCosts, ring_costs, ring_method, ring_seconds, ring_volumes
 from seqpar.plan.schedule import Schedule, Slot, bound, makespan, repeated_makespan
-from seqpar.plan.shift import ShiftChoice, StepCosts, shift
+from seqpar.plan.shift import ShiftChoice, StepCosts, shift, undecided
 from seqpar.plan.steps import StepWork, step_costs, step_seconds
 from seqpar.plan.usp import USPCosts, usp_costs, usp_volumes
 from seqpar.plan.volumes import Volume, closed_volume, layer_volumes
@@ -90,6 +90,7 @@ __all__ = [
     "strided_volumes",
     "tbt_budget",
     "tile_fit",
+    "undecided",
     "usp_costs",
     "usp_volumes",
 ]

@@ -15,6 +15,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import groupby, pairwise
 from typing import NamedTuple
 
@@ -27,7 +28,7 @@ from seqpar.kv import PagedKV
 from seqpar.layers import ParallelAttention, ParallelDecoderLayer, QKVParallelLinear, UlyssesAttention
 from seqpar.partition import Layout, even_split
 from seqpar.plan.costs import Curve, LayerCosts, Prompt, SlotCosts
-from seqpar.plan.shift import StepCosts
+from seqpar.plan.shift import StepCosts, undecided
 
 __all__ = ["calibrate", "calibrate_layouts"]
 
@@ -125,6 +126,7 @@ def calibrate_layouts(
     num_layers: int,
     tokens: Sequence[int] = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096),
     rounds: int = 3,
+    refine: int = 2,
     progress: Progress | None = None,
 ) -> StepCosts:
     """Measure what a step of a stack of such layers takes under each layout, alike on every rank.
@@ -134,6 +136,9 @@ def calibrate_layouts(
     round; a round counts as its slowest rank's, of the rounds the fastest. On a simulated link in force, that link's
     times are measured.
 
+    Times go by steps where products change their kernel, so sizes between two that are measured may be unlike both.
+    Where that could change the choice (`plan.undecided`), the size halfway is measured too, some times over.
+
     Args:
         layers: like layers; all know the layouts.
         layouts: those to measure.
@@ -141,39 +146,78 @@ def calibrate_layouts(
         num_layers: of the whole stack.
         tokens: sizes of steps to measure, increasing; between them costs go straight, beyond them nothing is known.
         rounds: measurements of each, after one that is not counted; four times as many up to 64 tokens.
-        progress: told how many measurements are done, and of how many.
+        refine: how many times more sizes are measured where the choice is in doubt.
+        progress: told how many measurements are done, and of how many so far.
 
-    Comm:  the layers' own, a gather of one number before each measurement, and of all results at the end.
+    Comm:  the layers' own, a gather of one number before each measurement, and of all results at the end, once more
+        for each time that it refines.
 
     Raises:
-        ValueError: no layers, layouts or rounds, sizes that are not increasing, or a layout that was not added.
+        ValueError: no layers, layouts or rounds, sizes that are not increasing, `refine` below 0, or a layout that was
+            not added.
     """
     _check(layers, tokens, rounds)
+    if refine < 0:
+        raise ValueError(f"`refine` must be at least 0, got {refine}")
     unknown = [tuple(layout) for layout in layouts for layer in layers if layout not in layer.ranks]
     if unknown or not layouts:
         raise ValueError(f"`layouts` must be some that were added to the layers, got {unknown[:1] or 'none'}")
-    turns = [rounds * (4 if size <= SMALL else 1) for size in tokens]
-    bench, found = _Bench(layers, tokens[-1], None), torch.full((len(layouts), len(tokens), max(turns)), torch.inf)
-    done, total = 0, len(layouts) * sum(turn + 1 for turn in turns)
-    with torch.no_grad():
-        for column, (size, count) in enumerate(zip(tokens, turns, strict=True)):
-            for turn in range(-1, count):
-                for row, layout in enumerate(layouts):
-                    comm.all_gather(on_device(torch.zeros(1), group), group=group, label="calibrate")  # a common start
-                    seconds = bench.time(size, layout)
-                    if turn >= 0:
-                        found[row, column, turn] = seconds
-                    done += 1
-                    if progress is not None:
-                        progress(done, total)
-    everyone = comm.all_gather(on_device(found[None], group), group=group, label="calibrate").cpu()
-    best = (everyone.amax(dim=0).amin(dim=2).double() * num_layers / len(layers)).tolist()
+    bench = _Bench(layers, tokens[-1], None)
     where = f"{group.size()} rank(s) of {bench.x.device.type}"
-    return StepCosts(
-        curves={layout: Curve(tuple(tokens), tuple(row)) for layout, row in zip(layouts, best, strict=True)},
-        source=f"measured on {where}, {tokens[0]} to {tokens[-1]} tokens",
-        resolution=RESOLUTION,
-    )
+    found: dict[int, list[float]] = {}
+    done, sizes = 0, tuple(tokens)
+    for more in range(refine + 1):
+        total = done + len(layouts) * sum(1 + _turns(size, rounds) for size in sizes)
+        tell = None if progress is None else partial(_tell, progress, done, total)
+        found |= _time_layouts(bench, layouts, sizes, rounds, group, tell)
+        done = total
+        known = tuple(sorted(found))
+        seconds = [tuple(found[size][row] * num_layers / len(layers) for size in known) for row in range(len(layouts))]
+        costs = StepCosts(
+            curves={layout: Curve(known, times) for layout, times in zip(layouts, seconds, strict=True)},
+            source=f"measured on {where}, {tokens[0]} to {tokens[-1]} tokens",
+            resolution=RESOLUTION,
+        )
+        sizes = undecided(costs) if more < refine else ()
+        if not sizes:
+            break
+    return costs
+
+
+def _turns(size: int, rounds: int) -> int:
+    """How often a step of a size is timed."""
+    return rounds * (4 if size <= SMALL else 1)
+
+
+def _tell(progress: Progress, before: int, total: int, done: int) -> None:
+    progress(before + done, total)
+
+
+@torch.no_grad()
+def _time_layouts(
+    bench: _Bench,
+    layouts: Sequence[Layout],
+    sizes: Sequence[int],
+    rounds: int,
+    group: ProcessGroup,
+    tell: Callable[[int], None] | None,
+) -> dict[int, list[float]]:
+    """Seconds of the layers at each size, one number for each layout, the same on every rank."""
+    turns = [_turns(size, rounds) for size in sizes]
+    found, done = torch.full((len(layouts), len(sizes), max(turns)), torch.inf), 0
+    for column, (size, count) in enumerate(zip(sizes, turns, strict=True)):
+        for turn in range(-1, count):
+            for row, layout in enumerate(layouts):
+                comm.all_gather(on_device(torch.zeros(1), group), group=group, label="calibrate")  # a common start
+                seconds = bench.time(size, layout)
+                if turn >= 0:
+                    found[row, column, turn] = seconds
+                done += 1
+                if tell is not None:
+                    tell(done)
+    everyone = comm.all_gather(on_device(found[None], group), group=group, label="calibrate").cpu()
+    best = everyone.amax(dim=0).amin(dim=2).double()
+    return dict(zip(sizes, best.T.tolist(), strict=True))
 
 
 class _Bench:

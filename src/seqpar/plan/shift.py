@@ -28,7 +28,7 @@ from typing import NamedTuple
 from seqpar.partition import Layout, Range, Shift
 from seqpar.plan.costs import Curve
 
-__all__ = ["ShiftChoice", "StepCosts", "shift"]
+__all__ = ["ShiftChoice", "StepCosts", "shift", "undecided"]
 
 
 @dataclass(frozen=True)
@@ -212,6 +212,37 @@ def shift(costs: StepCosts, *, margin: float | None = None) -> ShiftChoice:
         if not spans or spans[-1][1] != layout:
             spans.append((stretch.span.start if spans else 1, layout))
     return ShiftChoice(Shift(tuple(spans)), costs, margin)
+
+
+def undecided(costs: StepCosts, *, band: float = 0.1, finest: float = 1.2) -> tuple[int, ...]:
+    """Numbers of tokens halfway between known ones where knowing the times could change what is chosen.
+
+    That is where the fastest layout is another at one end than at the other, or where at an end a second one comes
+    within a band of it: times between two sizes need not lie on a straight line.
+
+    Args:
+        costs: of each layout.
+        band: how far behind the fastest a layout may be to be in question, as a share.
+        finest: the least ratio of two known sizes between which it is worth while to look.
+
+    Raises:
+        ValueError: a negative band, or a ratio below 1.
+    """
+    if not 0 <= band < inf or not 1 <= finest < inf:
+        raise ValueError(f"`band` must be >= 0 and `finest` >= 1, both finite, got {band} and {finest}")
+    breaks = _breaks(costs)
+    close = {n for n in breaks if _is_close(costs, band, n)}
+    return tuple(
+        (a + b) // 2
+        for a, b in pairwise(breaks)
+        if b - a > 1 and b >= finest * a and (a in close or b in close or costs.fastest(a) != costs.fastest(b))
+    )
+
+
+def _is_close(costs: StepCosts, band: float, num_tokens: int) -> bool:
+    """Whether a second layout comes within the band of the fastest."""
+    times = sorted(costs.seconds(layout, num_tokens) for layout in costs.curves)
+    return len(times) > 1 and times[1] <= times[0] * (1 + band)
 
 
 class _Stretch(NamedTuple):
