@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import log
+from itertools import accumulate, pairwise
 from typing import Any
 
 import pytest
@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from seqpar import comm, plan
+from seqpar.kernels.quantize import encoded_width
+from seqpar.kernels.sparse import decode_sketch, encode_sketch, sketch_bytes
 from seqpar.kv import StripedKV
-from seqpar.layers import CachedKV, CSAAttention, Policy, Strided, tokens_to_stripes
+from seqpar.layers import CachedKV, CSAAttention, CSAResult, Policy, Strided, TopMass, tokens_to_stripes
 from seqpar.partition import HeadMap, RingOrder, Striping, even_ranges
 from seqpar.ragged import RaggedBatch
 from tests.comm.fakes import Clock
@@ -68,28 +70,41 @@ def test_whole_keys_are_exact() -> None:
     run_mesh((1, 3), exact, CASES, Strided(((1, 1), (3, 4)), sinks=0, recent=200))
 
 
-def sampled(order: RingOrder, rank: int, policy: Strided, request: int, query: int, head: int, window: int | None):
-    """By the definition: positions of the keys of a request that a query of `rank` gathers from, with their weights."""
+def offered(order: RingOrder, rank: int, policy: Strided, request: int, window: int | None) -> list[list[int]]:
+    """By the definition: the keys of a request that `rank` has or is sent, each alone or with those it stands for."""
     asked = positions(order.q[rank][request])
-    visible = lambda key, own: key <= own and (window is None or key > own - window)  # noqa: E731
-    found = [(key, 1) for key in positions(order.kv[rank][request]) if visible(key, query)]
+    found = [[key] for key in positions(order.kv[rank][request])]
     for owner in set(range(order.ranks)) - {rank}:
         shared = [degree for group, degree in policy.levels if rank // group == owner // group]
         for run in order.kv[owner][request]:
-            keys = [key for key in run.positions if any(visible(key, own) for own in asked)]
-            near = [
-                key < policy.sinks or any(own - policy.recent < key <= own for own in asked) or shared[:1] == [1]
-                for key in keys
-            ]
-            found += [(key, 1) for key, whole in zip(keys, near, strict=True) if whole and visible(key, query)]
-            others = [key for key, whole in zip(keys, near, strict=True) if not whole] if shared else []
-            for start in range(0, len(others), shared[0] if shared else 1):
-                some = others[start : start + shared[0]]
-                if len(some) < shared[0]:
-                    found += [(key, 1) for key in some if visible(key, query)]
-                elif visible(some[-1], query):
-                    found.append((some[head % shared[0]], shared[0]))
+            keys = [key for key in run.positions if any(visible(key, own, window) for own in asked)]
+            whole = [k for k in keys if k < policy.sinks or any(own - policy.recent < k <= own for own in asked)]
+            others = [key for key in keys if key not in whole]
+            found += [[key] for key in whole]
+            for degree in shared[:1]:
+                parts = [others[start : start + degree] for start in range(0, len(others), degree)]
+                found += [
+                    each for part in parts for each in ([part] if len(part) == degree else [[key] for key in part])
+                ]
     return found
+
+
+def visible(key: int, own: int, window: int | None) -> bool:
+    return key <= own and (window is None or key > own - window)
+
+
+def check_heads(
+    found: CSAResult, rows: slice, core: CSAAttention, qkv: list[Tensor], asked: list[int], keys: list[list[list[int]]]
+) -> None:
+    """These rows are attention to `keys[KV head]`: of each group of r the one whose turn it is, with log r added."""
+    q, k, v = qkv
+    for head, of in enumerate(core.kv_head_of):
+        index = [group[of % len(group)] for group in keys[of]]
+        weight = torch.tensor([len(group) for group in keys[of]], dtype=torch.float64).log()
+        seen = torch.tensor([[visible(group[-1], own, core.window) for group in keys[of]] for own in asked])
+        scores = (q[:, head] @ k[index, of].T * core.softmax_scale + weight).masked_fill(~seen, -torch.inf)
+        torch.testing.assert_close(found.lse[rows, head], scores.logsumexp(1), rtol=1e-11, atol=1e-12)
+        torch.testing.assert_close(found.out[rows, head], scores.softmax(1) @ v[index, of], rtol=1e-11, atol=1e-12)
 
 
 def defined(mesh: comm.DeviceMesh, cases: list[Case], policy: Strided) -> None:
@@ -97,29 +112,22 @@ def defined(mesh: comm.DeviceMesh, cases: list[Case], policy: Strided) -> None:
     for case in cases:
         core, (full, _) = layer(case, groups, policy), inputs(case)
         batch, new, cached = local(case, core, full)
-        order, rank = core.order(batch, cached), groups.sp.rank()
+        order, rank, row = core.order(batch, cached), groups.sp.rank(), 0
         with torch.no_grad():
-            found, row = core.attend(*new, batch, cached), 0
+            found = core.attend(*new, batch, cached)
         for request, (_, k, v) in enumerate(full):
-            for query in positions(order.q[rank][request]):
-                for head in range(core.num_heads):
-                    of = core.kv_head_of[head]
-                    keys = sampled(order, rank, policy, request, query, of, case.window)
-                    index = [key for key, _ in keys]
-                    weight = torch.tensor([log(w) for _, w in keys], dtype=torch.float64)
-                    scores = k[index, of] @ new[0][row, head] * core.softmax_scale + weight
-                    torch.testing.assert_close(found.lse[row, head], scores.logsumexp(0), rtol=1e-11, atol=1e-12)
-                    torch.testing.assert_close(
-                        found.out[row, head], scores.softmax(0) @ v[index, of], rtol=1e-11, atol=1e-12
-                    )
-                row += 1
+            asked = positions(order.q[rank][request])
+            rows, row = slice(row, row + len(asked)), row + len(asked)
+            if asked:
+                keys = [offered(order, rank, policy, request, case.window)] * core.num_kv_heads
+                check_heads(found, rows, core, [new[0][rows], k, v], asked, keys)
         assert row == len(found.out)
 
 
-SAMPLED = [(2, ((2, 7),)), (4, ((2, 2), (4, 5))), (3, ((1, 1), (3, 4))), (4, ((2, 3),))]
+SAMPLED = [(4, ((2, 2), (4, 5))), (2, ((2, 7),)), (3, ((1, 1), (3, 4))), (4, ((2, 3),))]
 
 
-@pytest.mark.parametrize("case", thinned(SAMPLED, lambda case: case in SAMPLED[:2]), ids=str)
+@pytest.mark.parametrize("case", thinned(SAMPLED, lambda case: case == SAMPLED[0]), ids=str)
 def test_what_is_sampled_is_what_the_definition_says(case: tuple[int, tuple[tuple[int, int], ...]]) -> None:
     run_mesh((1, case[0]), defined, CASES[:7], Strided(case[1], sinks=2, recent=3))
 
@@ -384,3 +392,195 @@ def test_bytes_are_those_of_the_formulas() -> None:
     sent = run_mesh((1, 4), volumes, case, Strided(((4, 2),), faithful=True))
     assert sent == [12 * 3 * 3 * DIM * 8 + 36 * (DIM * 8 + 2)] * 4
     assert sent[0] - 36 * 2 == 24 * 3 * 4 * DIM * 8 // 2
+
+
+MASSES = [
+    TopMass(0.85, block=4, sinks=2, recent=3),
+    TopMass(0.6, "cover", block=3, rows=7, sinks=0, recent=0),
+]
+
+
+def chosen_by_hand(mesh: comm.DeviceMesh, cases: list[Case], policy: TopMass) -> list[tuple[int, int]]:
+    """Each query gathers from what its rank has, is sent in any case, or chose; how many keys it chose, out of all."""
+    groups, counts = comm.groups(mesh), [(0, 0)]
+    for case in cases:
+        core, (full, _) = layer(case, groups, policy), inputs(case)
+        batch, new, cached = local(case, core, full)
+        order, rank, row = core.order(batch, cached), groups.sp.rank(), 0
+        with torch.no_grad():
+            found = core.attend(*new, batch, cached)
+            there, blocks, sketch = remote(core, policy, order, rank, full)
+            for request, (_, k, v) in enumerate(full):
+                asked = positions(order.q[rank][request])
+                rows, row = slice(row, row + len(asked)), row + len(asked)
+                if asked:
+                    runs = [run.size for run in order.q[rank][request]]
+                    parts = there[request], blocks[request], sketch[request], runs
+                    wanted = wanted_of(core, policy, new[0][rows], k, asked, *parts)
+                    counts.append((sum(map(len, wanted)), len(wanted) * sum(map(len, blocks[request]))))
+                    keys = [[[key] for key in there[request] + some] for some in wanted]
+                    check_heads(found, rows, core, [new[0][rows], k, v], asked, keys)
+        assert found.rounds == 3 and row == len(found.out)
+    return counts
+
+
+def remote(
+    core: CSAAttention, policy: TopMass, order: RingOrder, rank: int, full: list[list[Tensor]]
+) -> tuple[list[list[int]], list[list[list[int]]], list[list[Tensor]]]:
+    """For each request the keys that a rank has in any case, blocks of the others, and their keys as sketched."""
+    there = [positions(runs) for runs in order.kv[rank]]
+    blocks: list[list[list[int]]] = [[] for _ in full]
+    sketches: list[list[Tensor]] = [[] for _ in full]
+    for owner in [(rank - hop) % order.ranks for hop in range(1, order.ranks)]:
+        rest: list[tuple[int, list[int]]] = []
+        for request, runs in enumerate(order.kv[owner]):
+            asked = positions(order.q[rank][request])
+            for run in runs:
+                keys = [key for key in run.positions if any(visible(key, own, core.window) for own in asked)]
+                near = [k for k in keys if k < policy.sinks or any(own - policy.recent < k <= own for own in asked)]
+                there[request] += near
+                others = [key for key in keys if key not in near]
+                rest += [
+                    (request, others[start : start + policy.block]) for start in range(0, len(others), policy.block)
+                ]
+        every = [
+            torch.cat([each[i][at] for each, at in zip(full, where, strict=True)]) for i, where in held_by(order, owner)
+        ]
+        sketch = decode_sketch(*encode_sketch(every[1], every[0], core.kv_head_of), DIM).double()
+        firsts = [0, *accumulate(map(len, held_by(order, owner)[1][1]))]
+        for request, some in rest:
+            at = [firsts[request] + positions(order.kv[owner][request]).index(key) for key in some]
+            blocks[request].append(some)
+            sketches[request].append(sketch[at])
+    return there, blocks, sketches
+
+
+def held_by(order: RingOrder, owner: int) -> list[tuple[int, list[list[int]]]]:
+    """Which queries (0) and keys (1) of each request a rank has; queries counted from the request's first new one."""
+    news = [sum(len(positions(rank[request])) for rank in order.q) for request in range(len(order.q[owner]))]
+    lens = [sum(len(positions(rank[request])) for rank in order.kv) for request in range(len(order.q[owner]))]
+    asked = [
+        [p - (every - new) for p in positions(runs)]
+        for runs, new, every in zip(order.q[owner], news, lens, strict=True)
+    ]
+    return [(0, asked), (1, [positions(runs) for runs in order.kv[owner]])]
+
+
+def wanted_of(
+    core: CSAAttention,
+    policy: TopMass,
+    q: Tensor,
+    k: Tensor,
+    asked: list[int],
+    there: list[int],
+    blocks: list[list[int]],
+    sketch: list[Tensor],
+    runs: list[int],
+) -> list[list[int]]:
+    """For each KV head the keys of the blocks that the rule takes."""
+    found: list[list[int]] = [[] for _ in range(core.num_kv_heads)]
+    keys = there + [key for block in blocks for key in block]
+    seen = torch.tensor([[visible(key, own, core.window) for key in keys] for own in asked])
+    for of, wanted in enumerate(found if blocks else []):
+        heads = [head for head, read in enumerate(core.kv_head_of) if read == of]
+        estimates = torch.cat([k[there], *sketch])[:, of]
+        scores = torch.einsum("shd,nd->hsn", q[:, heads], estimates) * core.softmax_scale
+        mass = scores.masked_fill(~seen, -torch.inf).softmax(-1).mean(0)
+        shares = torch.stack([part.sum(1) for part in mass.split([len(there), *map(len, blocks)], 1)], 1)
+        take = shares[:, 1:].amax(0) >= 1 - policy.coverage
+        if policy.rule == "cover":
+            take = torch.zeros(len(blocks), dtype=torch.bool)
+            for part in (part for run in shares.split(runs) for part in run.split(policy.rows)):
+                base, *some = part.mean(0).tolist()
+                for index in sorted(range(len(some)), key=lambda i: -some[i]):
+                    take[index] |= base < policy.coverage and some[index] > 0
+                    base += some[index]
+        wanted += [key for block, some in zip(blocks, take.tolist(), strict=True) if some for key in block]
+    return found
+
+
+@pytest.mark.parametrize("ranks", thinned([3, 2, 4], lambda ranks: ranks == 3))
+def test_what_is_chosen_is_what_the_definition_says(ranks: int) -> None:
+    for policy in MASSES:
+        counts = [count for found in run_mesh((1, ranks), chosen_by_hand, CASES[:7], policy) for count in found]
+        share = sum(some for some, _ in counts) / sum(every for _, every in counts)
+        assert 0.1 < share < 0.9, share
+
+
+def mass_volumes(mesh: comm.DeviceMesh, case: Case, coverage: float) -> tuple[int, int]:
+    """What this rank sends: counted, said by the result, and its openings and bits alone by the plan of positions."""
+    groups, policy = comm.groups(mesh), TopMass(coverage, block=4, sinks=2, recent=3)
+    core, (full, _) = layer(case, groups, policy), inputs(case)
+    batch, new, cached = local(case, core, full)
+    with comm.record() as sent, torch.no_grad():
+        found = core.attend(*new, batch, cached)
+    assert found.sent_bytes == sent.total.num_bytes
+    return found.sent_bytes, sent.by_label().get("csa (blocks)", comm.Count()).num_bytes
+
+
+def test_only_chosen_blocks_travel() -> None:
+    """32 tokens on 4 ranks, 8 each: one KV head of 4 numbers, 64 bytes a token; its sketch a byte a token."""
+    case, token = Case("contiguous", q_lens=(32,), heads="fewer than ranks"), 2 * DIM * 8
+    dense = [sent for sent, _ in run_mesh((1, 4), mass_volumes, case, 1.0)]
+    assert dense == [24 * token, 16 * token, 8 * token, 0]
+    some, tiny = (run_mesh((1, 4), mass_volumes, case, coverage) for coverage in (0.9, 1e-9))
+    assert [blocks for _, blocks in tiny] == [0] * 4
+    # To the next rank two near keys are whole, of rank 0 two sinks as well; the rest are blocks of four.
+    opening = [
+        (4 + 2 + 2) * token + sketch(4) + 2 * sketch(6),
+        2 * token + sketch(6) + sketch(8),
+        2 * token + sketch(6),
+        0,
+    ]
+    bits = [0, 1, 2, 3]  # a byte to every rank before
+    assert [sent for sent, _ in tiny] == [a + b for a, b in zip(opening, bits, strict=True)]
+    for (sent, blocks), (base, _) in zip(some, tiny, strict=True):
+        assert sent - blocks == base and blocks % token == 0
+    assert 0 < sum(blocks for _, blocks in some) < sum(dense)
+
+
+def sketch(*keys: int) -> int:
+    """A byte a key; for each rank the mean key, and two of its directions with how many bits each has."""
+    assert sketch_bytes(DIM) == (2 * DIM + 2 * (1 + encoded_width(DIM, "int8")), 1)
+    return sum(count + sketch_bytes(DIM)[0] for count in keys)
+
+
+def test_full_coverage_is_exact() -> None:
+    for ranks in (1, 3):
+        run_mesh((1, ranks), exact, CASES, TopMass(1.0))
+
+
+def coverages(mesh: comm.DeviceMesh) -> list[float]:
+    """The largest error of the output, for more and more coverage."""
+    groups, case, errors = comm.groups(mesh), Case("contiguous", q_lens=(256,)), []
+    full, _ = inputs(case)
+    for coverage in (0.9, 0.95, 0.97, 1.0):
+        core = layer(case, groups, TopMass(coverage, block=4, sinks=0, recent=0))
+        batch, new, _ = local(case, core, full)
+        with torch.no_grad():
+            wanted = torch.cat(expected(case, full))[core.rows(batch)]
+            errors.append(float((core(*new, batch) - wanted).norm()))
+    return errors
+
+
+def test_more_coverage_is_less_error() -> None:
+    for errors in run_mesh((1, 2), coverages)[1:]:
+        assert errors[-1] < 1e-11 and all(a > 1.2 * b for a, b in pairwise(errors)), errors
+
+
+def test_masses_compose_and_serve_striped_keys() -> None:
+    run_mesh((2, 2), sharded, TopMass(0.6, block=4, sinks=1, recent=2), False)
+    run_mesh((1, 3), served, TopMass(1.0))
+    run_mesh((1, 3), broken, MASSES)
+    run_mesh((1, 3), interleaved, MASSES[0])
+
+
+def test_ranges_of_top_mass() -> None:
+    with own_errors():
+        for coverage in (0.0, -0.5, 1.5, float("nan")):
+            with pytest.raises(ValueError, match=r"`coverage` must lie in \(0, 1\], got"):
+                TopMass(coverage)
+        with pytest.raises(
+            ValueError, match="`block` and `rows` must be at least 1, `sinks` and `recent` at least 0, "
+        ):
+            TopMass(0.5, block=0)

@@ -8,8 +8,17 @@ from torch import Tensor
 from seqpar.kernels.dispatch import Backend, choose_backend, unknown_backend
 from seqpar.kernels.sparse import pytorch, reference
 from seqpar.kernels.sparse.plan import BlockLists
+from seqpar.kernels.sparse.select import block_masses, decode_sketch, encode_sketch, sketch_bytes, smallest_cover
 
-__all__ = ["BlockLists", "sparse_attention"]
+__all__ = [
+    "BlockLists",
+    "block_masses",
+    "decode_sketch",
+    "encode_sketch",
+    "sketch_bytes",
+    "smallest_cover",
+    "sparse_attention",
+]
 
 
 def sparse_attention(

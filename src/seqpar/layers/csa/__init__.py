@@ -2,5 +2,6 @@
 
 from seqpar.layers.csa.core import CSAAttention, CSAResult, Policy
 from seqpar.layers.csa.strided import Strided
+from seqpar.layers.csa.topmass import TopMass
 
-__all__ = ["CSAAttention", "CSAResult", "Policy", "Strided"]
+__all__ = ["CSAAttention", "CSAResult", "Policy", "Strided", "TopMass"]

@@ -1,0 +1,318 @@
+"""Keys chosen by the mass that a softmax would give them, estimated from a sketch of them in two bits a number.
+
+1. Every rank sends the sinks and the recent keys of each other one, which travel in any case, and a sketch of its other
+   keys (`kernels.encode_sketch`). The attention to the own keys hides that.
+2. The receiver knows what its queries have already gathered, exactly, and estimates from the sketch what share of the
+   whole each block of keys would have. It asks for the blocks that its rule chooses: a bit for each block and KV head.
+3. Those blocks travel. Both sides know how many from the bits, so nothing is padded.
+
+All query heads that read a KV head choose together, by the mean of their shares, since what is sent serves them all.
+Queries attend to all that has arrived and is not after them, whoever asked for it.
+
+What lost, on the bundled checkpoint (4 ranks; retrieval from 256 tokens back and more, bytes of those of all keys):
+* Means of blocks of 16, alone or with their variances, in place of the sketch: 17 % and 90 % at 52 % and 89 % of the
+  bytes, the score of the one key that a query looks for being lost in the mean. Sums along antidiagonals, by which
+  XAttention scores blocks, need every key, so they save work but no bytes.
+* The smallest sets of blocks that cover a share of every few queries' masses (rule "cover", as XAttention and
+  FlexPrefill choose): queries of a rank whose attention is spread out want everything between them, though what they
+  lose without it is small. At exact scores 78 % for 28 % of the bytes with sets for 16 queries, 100 % for 75 % with a
+  set for each. Asking for the peaks alone, the blocks of which some query would lose much: 98 % for 14 %.
+* Means of queries that travel to the owner of keys, which chooses by exact scores: a query that looks for one token is
+  drowned by its neighbours, and the owner cannot know what the query has found elsewhere.
+
+Source: FlexPrefill, arXiv:2502.20766, and XAttention, arXiv:2503.16428, which choose blocks by coverage on one device;
+one choice for a group of query heads, NSA, arXiv:2502.11089.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from seqpar import comm
+from seqpar.comm import Steps
+from seqpar.kernels.sparse import (
+    block_masses,
+    decode_sketch,
+    encode_sketch,
+    sketch_bytes,
+    smallest_cover,
+    sparse_attention,
+)
+from seqpar.layers.csa.core import CSAAttention, CSAResult, Policy, attend_own, keys_of
+from seqpar.layers.csa.cut import EVERYTHING, Cut, cut_keys, kept, positions_of, query_blocks, request_lists
+from seqpar.layers.ring import CachedKV
+from seqpar.partition import Range, RingOrder
+from seqpar.ragged import RaggedBatch
+
+__all__ = ["TopMass"]
+
+Partial = tuple[Tensor, Tensor]
+
+CHUNK = 256
+"""Queries whose estimated scores are in memory at a time."""
+
+
+@dataclass(frozen=True)
+class TopMass(Policy):
+    """Of other ranks' keys those blocks travel that are estimated to hold much of the mass of a rank's queries.
+
+    Sends: to each rank that sees some of them, of a rank's keys the sinks and those near a query; of the other keys
+    two bits a number and the scales of channels; for each block of those and KV head a bit back; and the blocks that
+    were asked for.
+    Error: not bounded, since shares are estimated. If what was attended to truly has the share P of a query's mass,
+    ‖out - exact‖ is at most 2 (1 - P) max‖v‖. Coverage 1.0 sends every key that some query sees, and is exact.
+    Work: the scores of all keys, once more, from the sketch.
+
+    Args:
+        coverage: in (0, 1], of the softmax of a query, the mean of the heads that read a KV head.
+        rule: "peak" asks for each block that would have a share of at least 1 - coverage for some query. "cover" asks,
+            for every `rows` queries, for the fewest blocks with which they have the coverage of their masses.
+        block: keys that travel together or not at all.
+        rows: queries that share a choice of rule "cover".
+        sinks: first tokens of each request that travel in any case.
+        recent: positions up to each query that travel in any case.
+
+    Raises:
+        ValueError: a coverage outside of (0, 1], an unknown rule, or counts that are none.
+    """
+
+    coverage: float = 0.9
+    rule: Literal["peak", "cover"] = "peak"
+    block: int = 4
+    rows: int = 16
+    sinks: int = 4
+    recent: int = 16
+
+    def __post_init__(self) -> None:
+        if not 0 < self.coverage <= 1:
+            raise ValueError(f"`coverage` must lie in (0, 1], got {self.coverage}")
+        if self.rule not in ("peak", "cover"):
+            raise ValueError(f'`rule` must be "peak" or "cover", got {self.rule!r}')
+        if min(self.block, self.rows) < 1 or min(self.sinks, self.recent) < 0:
+            raise ValueError(
+                "`block` and `rows` must be at least 1, `sinks` and `recent` at least 0, got "
+                f"{self.block}, {self.rows}, {self.sinks}, {self.recent}"
+            )
+
+    def cut(self, order: RingOrder, receiver: int, owner: int) -> Cut:
+        """Which keys of `owner` travel to `receiver` in any case, and the blocks that it may ask for."""
+        recent = EVERYTHING if self.coverage == 1 else self.recent
+        return cut_keys(order, receiver, owner, size=self.block, sinks=self.sinks, recent=recent, tails=True)
+
+    def steps(
+        self, core: CSAAttention, q: Tensor, k: Tensor, v: Tensor, batch: RaggedBatch, cached: CachedKV | None
+    ) -> Steps[CSAResult]:
+        """See `Policy.steps`."""
+        exchange = _Exchange(self, core, q, keys_of(core, k, v, batch, cached), batch, core.order(batch, cached))
+        everything = Range(0, len(q))
+        try:
+            exchange.open()
+            total = attend_own(core, q, exchange.kv, batch, cached)
+            sketches = {}
+            for src in exchange.sources:
+                whole, sketches[src] = yield from exchange.opening_steps(src)
+                total.add(everything, *whole)
+            if self.coverage < 1:
+                exchange.ask(exchange.choose(total.lse, sketches))
+                for dst in exchange.targets:
+                    yield from exchange.answer_steps(dst)
+                for src in exchange.sources:
+                    total.add(everything, *(yield from exchange.arrival_steps(src)))
+        finally:
+            exchange.close()
+        rounds = 0 if not exchange.sources else 1 if self.coverage == 1 else 3
+        return CSAResult(total.out.to(q.dtype), total.lse, None, exchange.sent_bytes, rounds)
+
+
+class _Exchange:
+    """One step: what is in flight of it, and what each message has."""
+
+    def __init__(
+        self, policy: TopMass, core: CSAAttention, q: Tensor, kv: Tensor, batch: RaggedBatch, order: RingOrder
+    ) -> None:
+        self.policy, self.core, self.order, self.batch = policy, core, order, batch
+        self.q, self.kv, self.heads = q, kv, core.num_kv_heads
+        self.rank, self.sent_bytes = core.group.rank(), 0
+        # The next rank first, which sees the nearest keys; the one before in the same turn.
+        self.targets = [(self.rank + hop) % order.ranks for hop in range(1, order.ranks)]
+        self.sources = [(self.rank - hop) % order.ranks for hop in range(1, order.ranks)]
+        self._own = positions_of(run for runs in order.q[self.rank] for run in runs)
+        self._queries = query_blocks(order, self.rank)
+        self._flying: dict[tuple[str, int], Steps[Tensor]] = {}
+        self._chosen: dict[int, Tensor] = {}
+
+    def close(self) -> None:
+        """Wait for what is in flight and nobody will ask for."""
+        for steps in self._flying.values():
+            steps.close()
+
+    def open(self) -> None:
+        """Launch the keys that travel in any case, and a sketch of the others."""
+        for dst, src in zip(self.targets, self.sources, strict=True):
+            there = self._cut(self.rank, src)
+            message = self._opening(self._cut(dst, self.rank))
+            self._launch("opening", message, dst, src, (sum(self._opening_bytes(there)),))
+
+    def opening_steps(self, src: int) -> Steps[tuple[Partial, Tensor]]:
+        """What this rank's queries gather from the keys that travel in any case; and what the others are like."""
+        message, cut = (yield from self._flying["opening", src]), self._cut(self.rank, src)
+        whole, scales, codes = message.split(self._opening_bytes(cut))
+        keys = whole.clone().view(self.q.dtype).view(-1, 2, self.core.head_dim)
+        partial = self._attend(keys, self._positions(src)[cut.whole].repeat(self.heads), [cut.whole_of] * self.heads)
+        if not len(cut.rest):
+            return partial, keys.new_empty(0, self.heads, self.core.head_dim, dtype=torch.float32)
+        codes = codes.view(len(cut.rest), self.heads, -1)
+        return partial, decode_sketch(scales.view(self.heads, -1), codes, self.core.head_dim)
+
+    def choose(self, lse: Tensor, sketches: Mapping[int, Tensor]) -> dict[int, Tensor]:
+        """The blocks [heads, blocks] of each other rank that this rank's queries want."""
+        cuts = {src: self._cut(self.rank, src) for src in self.sources}
+        chosen = {src: torch.zeros(self.heads, len(cut.blocks), dtype=torch.bool) for src, cut in cuts.items()}
+        for rows, request in self._queries:
+            sizes: list[int] = []
+            keys, positions = [], []
+            for src, cut in cuts.items():
+                blocks = cut.blocks[slice(*cut.blocks_of[request])]
+                sizes += [block.size for block in blocks]
+                those = slice(blocks[0].start, blocks[-1].stop) if blocks else slice(0)
+                keys.append(sketches[src][those])
+                positions.append(self._positions(src)[cut.rest[those]])
+            if not sizes:
+                continue
+            ends = [0, *accumulate(sizes)]
+            wanted = self._wanted(rows, lse, torch.cat(keys), torch.cat(positions), list(map(Range, ends, ends[1:])))
+            counts = [cut.blocks_of[request].size for cut in cuts.values()]
+            for (src, cut), some in zip(cuts.items(), wanted.split(counts, 1), strict=True):
+                chosen[src][:, slice(*cut.blocks_of[request])] |= some
+        return chosen
+
+    def ask(self, chosen: dict[int, Tensor]) -> None:
+        """Launch the bits that say which blocks are wanted."""
+        self._chosen = chosen
+        for dst, src in zip(self.targets, self.sources, strict=True):
+            count = self.heads * len(self._cut(dst, self.rank).blocks)
+            self._launch("bits", _pack(chosen[src]).to(self.q.device), src, dst, (-(-count // 8),))
+
+    def answer_steps(self, dst: int) -> Steps[None]:
+        """Launch the blocks that another rank wants, when it has said which."""
+        bits, cut = (yield from self._flying["bits", dst]), self._cut(dst, self.rank)
+        wanted = _unpack(bits.cpu(), self.heads, len(cut.blocks))
+        rows, heads = self._rows(cut, wanted)
+        src = self.sources[self.targets.index(dst)]
+        count = len(self._rows(self._cut(self.rank, src), self._chosen[src])[0])
+        message = self.kv[rows.to(self.kv.device), :, heads.to(self.kv.device)]
+        self._launch("blocks", message, dst, src, (count, *message.shape[1:]))
+
+    def arrival_steps(self, src: int) -> Steps[Partial]:
+        """What this rank's queries gather from the blocks that it asked for."""
+        keys, cut, chosen = (yield from self._flying["blocks", src]), self._cut(self.rank, src), self._chosen[src]
+        sizes = chosen * torch.tensor([block.size for block in cut.blocks], dtype=torch.int64)
+        ends = sizes.cumsum(1)
+        bounds = [[0, *row] for row in ends.tolist()]
+        parts = [[Range(row[part.start], row[part.stop]) for part in cut.blocks_of] for row in bounds]
+        return self._attend(keys, self._positions(src)[self._rows(cut, chosen)[0]], parts)
+
+    def _opening_bytes(self, cut: Cut) -> list[int]:
+        """Of the keys that travel in any case, of the scales of the sketch, and of its codes."""
+        scales, codes = sketch_bytes(self.core.head_dim)
+        whole = len(cut.whole) * 2 * self.core.head_dim * self.q.itemsize
+        return [self.heads * size for size in (whole, scales if len(cut.rest) else 0, codes * len(cut.rest))]
+
+    def _launch(self, what: str, x: Tensor, dst: int, src: int, shape: tuple[int, ...]) -> None:
+        self.sent_bytes += x.numel() * x.itemsize
+        steps = comm.send_recv_steps(
+            x,
+            dst=dst,
+            src=src,
+            group=self.core.group,
+            recv_shape=shape,
+            tag=("opening", "bits", "blocks").index(what),
+            label=f"{self.core.label or 'csa'} ({what})",
+        )
+        self._flying[what, src] = comm.start(steps)
+
+    def _opening(self, cut: Cut) -> Tensor:
+        whole = self.kv[cut.whole.to(self.kv.device)].permute(2, 0, 1, 3).contiguous().view(torch.uint8).flatten()
+        if not len(cut.rest):
+            return whole
+        scales, codes = self._sketch
+        return torch.cat([whole, scales.flatten(), codes[cut.rest.to(codes.device)].flatten()])
+
+    @cached_property
+    def _sketch(self) -> tuple[Tensor, Tensor]:
+        """Of all own keys, as the own queries weigh them."""
+        return encode_sketch(self.kv[:, 0], self.q, self.core.kv_head_of)
+
+    def _wanted(self, rows: Range, lse: Tensor, keys: Tensor, positions: Tensor, blocks: Sequence[Range]) -> Tensor:
+        """Which blocks [heads, blocks] of sketched keys some of these queries want, whose mass so far is `lse`."""
+        read, wanted = self.core.kv_head_of, torch.zeros(self.heads, len(blocks), dtype=torch.bool)
+        step = -(-CHUNK // self.policy.rows) * self.policy.rows
+        for start in range(rows.start, rows.stop, step):
+            part = slice(start, min(start + step, rows.stop))
+            age = self._own[part, None] - positions
+            seen = age >= 0 if self.core.window is None else (age >= 0) & (age < self.core.window)
+            hidden = ~seen[:, None].to(lse.device)
+            for head in range(self.heads):
+                own = slice(read.index(head), read.index(head) + read.count(head))
+                q, estimates = self.q[part, own].to(lse.dtype), keys[:, head].to(lse.dtype)
+                scores = torch.einsum("shd,nd->shn", q, estimates) * self.core.softmax_scale
+                shares, base = block_masses(scores.masked_fill_(hidden, -torch.inf), lse[part, own], blocks)
+                wanted[head] |= self._chosen_of(shares.mean(1), base.mean(1)).cpu()
+        return wanted
+
+    def _chosen_of(self, shares: Tensor, base: Tensor) -> Tensor:
+        """The blocks that the rule takes for consecutive queries, given their shares [queries, blocks]."""
+        if self.policy.rule == "peak":
+            return shares.amax(0) >= 1 - self.policy.coverage
+        parts = [x.split(self.policy.rows) for x in (shares, base)]
+        means, rest = (torch.stack([part.mean(0) for part in each]) for each in parts)
+        return smallest_cover(means, rest, self.policy.coverage).any(0)
+
+    def _attend(self, kv: Tensor, positions: Tensor, parts: Sequence[Sequence[Range]]) -> Partial:
+        """This rank's queries over keys that lie head after head, those of each request where `parts` says."""
+        return sparse_attention(
+            self.q,
+            kv[:, 0],
+            kv[:, 1],
+            request_lists(self._queries, parts),
+            q_positions=self._own,
+            k_positions=positions,
+            softmax_scale=self.core.softmax_scale,
+            kv_head_of=self.core.kv_head_of,
+            window=self.core.window,
+        )
+
+    def _rows(self, cut: Cut, chosen: Tensor) -> tuple[Tensor, Tensor]:
+        """The owner's rows of chosen blocks, head after head, and of which head each is."""
+        sizes = torch.tensor([block.size for block in cut.blocks], dtype=torch.int64)
+        tokens = chosen.repeat_interleave(sizes, 1)
+        heads, index = tokens.nonzero(as_tuple=True)
+        return cut.rest[index], heads
+
+    def _cut(self, receiver: int, owner: int) -> Cut:
+        key = ("csa.topmass.cut", self.policy, self.order, receiver, owner)
+        return kept(self.batch, key, lambda: self.policy.cut(self.order, receiver, owner))
+
+    def _positions(self, owner: int) -> Tensor:
+        """Of all keys of a rank."""
+        key = ("csa.positions", self.order, owner)
+        return kept(self.batch, key, lambda: positions_of(run for runs in self.order.kv[owner] for run in runs))
+
+
+def _pack(bits: Tensor) -> Tensor:
+    """Bits as bytes, the last one filled up with zeros."""
+    flat = torch.nn.functional.pad(bits.flatten(), (0, -bits.numel() % 8)).view(-1, 8)
+    return (flat * (1 << torch.arange(8))).sum(1).to(torch.uint8)
+
+
+def _unpack(data: Tensor, heads: int, blocks: int) -> Tensor:
+    """The bits [heads, blocks] that were packed."""
+    bits = data[:, None].bitwise_right_shift(torch.arange(8, dtype=torch.uint8)) & 1
+    return bits.flatten()[: heads * blocks].bool().view(heads, blocks)
