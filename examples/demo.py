@@ -2,10 +2,10 @@
 
     torchrun --nproc-per-node 2 examples/demo.py          # or: make demo, RANKS=4 make demo
 
-For every factorisation tp x sp of the ranks, and once for prefills under Ulysses and decodes under tensor parallelism
-(Shift), it loads the checkpoint by slices, runs Hugging Face's own `generate`, streams the text, and compares every
-token with the unswapped Transformers model in the same process. It ends with a table of speed, traffic and memory per
-layout, and with exit code 1 if any token differs.
+For every factorisation tp x sp of the ranks, once for prefills under Ulysses and decodes under tensor parallelism
+(Shift), and once for prefills by ring attention and decodes that ship queries, it loads the checkpoint by slices, runs
+Hugging Face's own `generate`, streams the text, and compares every token with the unswapped Transformers model in the
+same process. It ends with a table of speed, traffic and memory per layout, and with exit code 1 if any token differs.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
@@ -69,9 +70,11 @@ def main() -> int:
         )
         print("reference: the unswapped Transformers model ...", flush=True)
     expected = reference(options, tokenizer, prompts, long_prompt)
-    cases: list[tuple[Layout, int | str]] = [(layout, "off") for layout in layouts(world)]
-    cases += [(Layout(1, world), SHIFT)] if world > 1 else []
-    rows = [run(options, layout, shift, tokenizer, prompts, long_prompt, expected) for layout, shift in cases]
+    cases: list[tuple[Layout, str, dict[str, Any]]] = [(layout, "", {}) for layout in layouts(world)]
+    if world > 1:
+        cases.append((Layout(1, world), "shift", {"shift": SHIFT}))
+        cases.append((Layout(1, world), "ring", {"prefill": "ring", "decode": "qship"}))
+    rows = [run(options, *case, tokenizer, prompts, long_prompt, expected) for case in cases]
     if rank == 0:
         show(rows)
     return 0 if all(row.correct for row in rows) else 1
@@ -111,9 +114,9 @@ def reference(options, tokenizer, prompts, long_prompt) -> tuple[torch.Tensor, .
     )
 
 
-def run(options, layout, shift, tokenizer, prompts, long_prompt, expected) -> Row:
+def run(options, layout, technique, how, tokenizer, prompts, long_prompt, expected) -> Row:
     """Load under one layout, check every token, measure."""
-    name = f"{layout.tp} x {layout.sp}" + ("" if shift == "off" else " shift")
+    name = f"{layout.tp} x {layout.sp} {technique}".rstrip()
     mesh = seqpar.init_mesh(tp=layout.tp, sp=layout.sp)
     first = comm.groups(mesh).flat.rank() == 0
     if first:
@@ -124,7 +127,7 @@ def run(options, layout, shift, tokenizer, prompts, long_prompt, expected) -> Ro
         dtype=torch.float32,
         progress=first,
         sequence_sharded=options.sequence_sharded,
-        shift=shift,
+        **how,
     )
     one = tokenizer([PROMPTS[0]], return_tensors="pt")
     streamer = TextStreamer(tokenizer, skip_special_tokens=True) if first else None

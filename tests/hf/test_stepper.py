@@ -152,6 +152,11 @@ def refuses(mesh: comm.DeviceMesh) -> None:
     model = tiny_model("llama")
     with own_errors(), pytest.raises(TypeError, match="`model` must be parallelized, got LlamaForCausalLM"):
         Stepper(model, num_pages=4, page_size=4)
+    with (
+        parallelize(model, mesh, decode="qship"),
+        pytest.raises(ValueError, match='`model` must have prefill="ulysses" and decode="local", whose steps share'),
+    ):
+        Stepper(model, num_pages=4, page_size=4)
     with parallelize(model, mesh):
         model.model.rotary_emb.rope_type = "dynamic"
         with pytest.raises(ValueError, match="`rope_type` must give a token the same rotation in any batch"):

@@ -8,9 +8,9 @@ program; `stack_steps` is the part of it that a schedule can run once for each c
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -22,13 +22,22 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from seqpar import comm
 from seqpar.comm import Groups, Steps
+from seqpar.hf.attend import Attend, Home, Path
 from seqpar.hf.auto import AutoOverlap, called_whole
 from seqpar.hf.cache import CacheSpec, CacheStore, ParallelCache, store_of
 from seqpar.hf.padding import Padding, check_windows
 from seqpar.hf.shift import AutoShift
-from seqpar.kv import PagedKV
-from seqpar.layers import ParallelDecoderLayer, ParallelLMHead, VocabParallelEmbedding, gather_rows_steps
-from seqpar.partition import HeadMap, Interleave, Layout, Shift, even_ranges
+from seqpar.kv import PagedKV, StripedKV
+from seqpar.layers import (
+    ParallelDecoderLayer,
+    ParallelLMHead,
+    VocabParallelEmbedding,
+    gather_rows_steps,
+    heads_to_stripes,
+    placed_rows,
+    stripes_to_heads,
+)
+from seqpar.partition import HeadMap, Interleave, Layout, Placement, Range, Shift, even_ranges
 from seqpar.ragged import RaggedBatch, Tail
 
 __all__ = ["KEEP", "LMHead", "ParallelBackbone"]
@@ -49,6 +58,9 @@ class _Output(BaseModelOutputWithPast):
     router_logits: None = None
 
 
+_USUAL = Path(None, "heads")
+
+
 class _Plan(NamedTuple):
     """One forward, decided before anything is computed or sent."""
 
@@ -61,28 +73,46 @@ class _Plan(NamedTuple):
     cuts: tuple[int, ...] = ()
     has_tail: bool = False
     layout: Layout | None = None
+    path: Path = _USUAL
 
 
 class _Chunk(NamedTuple):
-    """Consecutive tokens of a step, which run as one program; `tail` is what the last layer computes of them."""
+    """Consecutive tokens of a step, which run as one program.
+
+    `tail` is what the last layer computes of them, `held` the rows of each sequence rank where they are no even slices.
+    """
 
     rows: slice
     batch: RaggedBatch
     tail: Tail | None
+    held: tuple[tuple[int, ...], ...] | None
 
-    def find(self, rows: Sequence[int]) -> list[int]:
-        """Where rows of the chunk lie among those that the last layer gives."""
-        return list(rows) if self.tail is None else [bisect_left(self.tail.rows, row) for row in rows]
+    def find(self, rows: Sequence[int] | None) -> list[int] | None:
+        """Where rows of the chunk (None: all) lie among those that the ranks have, one rank after another."""
+        if self.held is not None:
+            place = {row: place for place, row in enumerate(chain(*self.held))}
+            return [place[row] for row in (range(len(place)) if rows is None else rows)]
+        if rows is None or self.tail is None:
+            return None if rows is None else list(rows)
+        return [bisect_left(self.tail.rows, row) for row in rows]
 
 
-def _chunks(batch: RaggedBatch, cuts: tuple[int, ...], wanted: Sequence[int] | None) -> list[_Chunk]:
+def _chunks(
+    batch: RaggedBatch,
+    cuts: tuple[int, ...],
+    wanted: Sequence[int] | None,
+    *,
+    placement: Placement | None = None,
+    ranks: int = 1,
+) -> list[_Chunk]:
     """The chunks of a step; of their last tokens only those from the `wanted` rows on, unless that is None."""
     parts = batch.split(cuts) if cuts else (batch,)
     chunks = []
     for (start, stop), part in zip(pairwise((0, *cuts, batch.num_tokens)), parts, strict=True):
         tail = None if wanted is None else part.tail(row - start for row in wanted if start <= row < stop)
         whole = tail is None or len(tail.rows) == part.num_tokens
-        chunks.append(_Chunk(slice(start, stop), part, None if whole else tail))
+        held = None if placement is None else placed_rows(part, ranks, placement)
+        chunks.append(_Chunk(slice(start, stop), part, None if whole else tail, held))
     return chunks
 
 
@@ -105,6 +135,7 @@ class ParallelBackbone(nn.Module):
             not at all.
         shift: which layout a step runs under, or who decides that; None for the stored one always. Its other layouts
             must be added (`add_layouts`).
+        attend: which attention a step takes, of those that the layers have (`add_cores`); by default always the usual.
     """
 
     label: str = ""
@@ -125,9 +156,11 @@ class ParallelBackbone(nn.Module):
         sequence_sharded: bool = False,
         overlap: Interleave | AutoOverlap | None = None,
         shift: Shift | AutoShift | None = None,
+        attend: Attend | None = None,
     ) -> None:
         super().__init__()
         self.overlap, self.shift = overlap, shift
+        self.attend = Attend(heads=heads, head_dim=head_dim) if attend is None else attend
         self.layouts: dict[Layout | None, Groups] = {None: groups, groups.layout: groups}
         self.config, self.groups, self.heads, self.head_dim = config, groups, heads, head_dim
         self.windows, self.sequence_sharded = tuple(windows), sequence_sharded
@@ -206,7 +239,9 @@ class ParallelBackbone(nn.Module):
         everything = plan.padding.all_rows(tokens.device)
         selection = plan.padding.select(keep, tokens.device) if wanted is None else everything
         cos, sin = self._rope(plan)
-        chunks = _chunks(plan.batch, plan.cuts, selection.rows if plan.has_tail else None)
+        wanted_rows = selection.rows if plan.has_tail else None
+        place: dict[str, Any] = {"placement": plan.path.placement, "ranks": self.groups.layout.sp}
+        chunks = _chunks(plan.batch, plan.cuts, wanted_rows, **place)
         outputs = yield from comm.interleave_steps(
             [
                 self.stack_steps(
@@ -217,9 +252,11 @@ class ParallelBackbone(nn.Module):
                     plan.kv,
                     keep_inputs=wanted or (),
                     tail=tail,
+                    held=held,
                     layout=plan.layout,
+                    core=plan.path.core,
                 )
-                for rows, part, tail in chunks
+                for rows, part, tail, held in chunks
             ]
         )
         groups = self.layouts[plan.layout]
@@ -249,20 +286,25 @@ class ParallelBackbone(nn.Module):
         *,
         keep_inputs: Collection[int] = (),
         tail: Tail | None = None,
+        held: Sequence[Sequence[int]] | None = None,
         layout: Layout | None = None,
+        core: str | None = None,
     ) -> Steps[tuple[Float[Tensor, "t_out m"], dict[int, Float[Tensor, "t_local m"]]]]:
         """Embed a ragged batch and run it through the layers and the norm: what one chunk of a schedule does.
 
         In:    tokens, all T of the batch, as ids or as embeddings.
         Out:   this rank's normed tokens (with `tail`, those of them that are in it), and the inputs of the layers
-               named in `keep_inputs`. A rank's tokens are those of `layout`, by default of the stored one.
+               named in `keep_inputs`. A rank's tokens are those of `layout`, by default of the stored one; or its rows
+               in `held`, where `core` places them so.
         """
-        x = yield from self._embed_steps(tokens, batch, layout)
+        x = yield from self._embed_steps(tokens, held, layout)
         inputs: dict[int, Tensor] = {}
         for index, layer in enumerate(self.layers):
             if index in keep_inputs:
                 inputs[index] = x
             options: dict[str, Any] = {} if layout is None else {"layout": layout}
+            if core is not None:
+                options["core"] = core
             if tail is not None and index + 1 == len(self.layers):
                 options["tail"] = tail
             x = yield from comm.call(layer, x, batch, cos, sin, kv, **options)
@@ -292,24 +334,26 @@ class ParallelBackbone(nn.Module):
         outputs = yield from comm.interleave_steps(
             [
                 self.stack_steps(tokens[part], chunk, cos[part], sin[part], kv, tail=tail, layout=layout)
-                for part, chunk, tail in chunks
+                for part, chunk, tail, _ in chunks
             ]
         )
         return (yield from self._collect_steps([x for x, _ in outputs], rows, chunks, self.layouts[layout]))
 
     def _embed_steps(
-        self, tokens: Tensor, batch: RaggedBatch, layout: Layout | None
+        self, tokens: Tensor, held: Sequence[Sequence[int]] | None, layout: Layout | None
     ) -> Steps[Float[Tensor, "t_local m"]]:
         """This rank's tokens of a batch, embedded."""
         groups = self.layouts[layout]
-        mine = even_ranges(batch.num_tokens, groups.layout.sp)[groups.sp.rank()]
+        mine: Any = slice(*even_ranges(len(tokens), groups.layout.sp)[groups.sp.rank()])
+        if held is not None:
+            mine = torch.tensor(held[groups.sp.rank()], dtype=torch.int64, device=tokens.device)
         if tokens.is_floating_point():
-            x = comm.reduce_grad(tokens, group=groups.sp, label=self.label)[mine.start : mine.stop]
+            x = comm.reduce_grad(tokens, group=groups.sp, label=self.label)[mine]
         else:
             options = {} if layout is None else {"layout": layout}
-            x = yield from comm.call(self.embed_tokens, tokens[mine.start : mine.stop], **options)
+            x = yield from comm.call(self.embed_tokens, tokens[mine], **options)
         if self.sequence_sharded:
-            within = even_ranges(mine.size, groups.layout.tp)[groups.tp.rank()]
+            within = even_ranges(len(x), groups.layout.tp)[groups.tp.rank()]
             x = comm.reduce_grad(x, group=groups.tp, label=self.label)[within.start : within.stop]
         return x
 
@@ -340,16 +384,17 @@ class ParallelBackbone(nn.Module):
             return x[:0]
         layout, tail = groups.layout, chunk.tail
         slices = even_ranges(chunk.batch.num_tokens, layout.sp)
+        held = [mine.size if tail is None else len(tail.within(*mine)) for mine in slices]
+        if chunk.held is not None:
+            held = [len(mine) for mine in chunk.held]
         if self.sequence_sharded:
-            mine = slices[groups.sp.rank()]
+            mine = slices[groups.sp.rank()] if chunk.held is None else Range(0, held[groups.sp.rank()])
             shares = [share.shift(mine.start) for share in even_ranges(mine.size, layout.tp)]
             sizes = [share.size if tail is None else len(tail.within(*share)) for share in shares]
             x = yield from comm.all_gather_steps(x, group=groups.tp, sizes=sizes, grad="replicate", label=self.label)
-        held = [mine.size if tail is None else len(tail.within(*mine)) for mine in slices]
-        found = None if rows is None else chunk.find(rows)
         return (
             yield from gather_rows_steps(
-                x, rows=found, num_tokens=sum(held), sizes=held, group=groups.sp, label=self.label
+                x, rows=chunk.find(rows), num_tokens=sum(held), sizes=held, group=groups.sp, label=self.label
             )
         )
 
@@ -399,18 +444,48 @@ class ParallelBackbone(nn.Module):
         if store is None and position_ids is not None and attention_mask is None:
             padding = Padding.packed(shape, places.expand(shape))
         positions = padding.pack(places.expand(shape))
-        has_tail = padding.select(keep, torch.device("cpu")).rows is not None and self.takes_tail()
+        path = self._path(padding, store)
+        wants_tail = path.placement is None and padding.select(keep, torch.device("cpu")).rows is not None
+        has_tail = wants_tail and self.takes_tail()
         keep = keep if has_tail else 0
-        # Replicated parameters have a gradient under the stored layout alone, and none flows through a cache.
-        layout = None if gradients else self._layout(padding)
+        # Replicated parameters have a gradient under the stored layout alone, and none flows through a cache. Placed
+        # tokens lie on the ranks of the stored layout.
+        layout = None if gradients or path.placement is not None else self._layout(padding)
         cuts = () if gradients else self._cuts(padding, store, keep, layout)
         if store is None and not cuts:
             batch = RaggedBatch.build(padding.q_lens, padding.q_lens, positions=positions, device=device)
-            return _Plan(padding, batch, places, has_tail=has_tail, layout=layout)
+            return _Plan(padding, batch, places, has_tail=has_tail, layout=layout, path=path)
         # Chunks see each other's keys in a cache, if only for one step.
         store = CacheStore() if store is None else store
-        kv, batch = store.begin(padding, positions, self.cache_spec())
-        return _Plan(padding, batch, places, store, kv, past_key_values, cuts, has_tail, layout)
+        if any(store.lengths) and path.home != store.home:
+            store.move(shape[0], self.cache_spec(store.home), self.cache_spec(path.home), self._move)
+        kv, batch = store.begin(padding, positions, self.cache_spec(path.home))
+        return _Plan(padding, batch, places, store, kv, past_key_values, cuts, has_tail, layout, path)
+
+    def _path(self, padding: Padding, store: CacheStore | None) -> Path:
+        """How a step attends, by its lengths and by where the cache lies."""
+        if store is not None and self.attend.stripes:
+            store.check_stripes(self.attend.striping)
+        cached = (0,) * len(padding.q_lens) if store is None or not store.lengths else store.lengths
+        home: Home = "heads" if store is None else store.home
+        itemsize = next(self.parameters()).dtype.itemsize
+        return self.attend.path_of(padding.q_lens, cached, home, itemsize=itemsize)
+
+    def _move(self, source: PagedKV, target: PagedKV, requests: Sequence[Hashable]) -> None:
+        """Bring what is cached to where decodes read it.
+
+        Comm:  `heads_to_stripes` or `stripes_to_heads`.
+        """
+        options: dict[str, Any] = {
+            "heads": self.heads,
+            "group": self.groups.sp,
+            "tp_rank": self.groups.tp.rank(),
+            "label": f"{self.label}.move",
+        }
+        if isinstance(target, StripedKV):
+            heads_to_stripes(source, target, requests, **options)
+        elif isinstance(source, StripedKV):
+            stripes_to_heads(source, target, requests, **options)
 
     def _layout(self, step: Padding | RaggedBatch) -> Layout | None:
         """The layout of a step, by its number of tokens alone; None for the stored one."""
@@ -475,11 +550,14 @@ class ParallelBackbone(nn.Module):
         comm.agree(whole and refusal, group=self.groups.flat)  # they may be on one rank alone
         return cuts
 
-    def cache_spec(self) -> CacheSpec:
+    def cache_spec(self, home: Home = "heads") -> CacheSpec:
         """What this rank caches."""
         weight = next(self.parameters())
-        kv_heads = self.heads.kv_ranges[self.groups.flat.rank()].size
-        return CacheSpec(len(self.layers), kv_heads, self.head_dim, weight.dtype, weight.device)
+        common = (self.head_dim, weight.dtype, weight.device)
+        if home == "heads":
+            return CacheSpec(len(self.layers), self.heads.kv_ranges[self.groups.flat.rank()].size, *common)
+        shard, rank = self.heads.kv_shard(self.groups.tp.rank()).size, self.groups.sp.rank()
+        return CacheSpec(len(self.layers), shard, *common, self.attend.striping, rank)
 
     def _check_tokens(self, input_ids: Any, inputs_embeds: Any) -> Tensor:
         """The one of the two that is given, after checking dims and dtype."""

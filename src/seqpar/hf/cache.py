@@ -1,4 +1,4 @@
-"""A Transformers cache over one `PagedKV`: what `generate` asks of a cache, without its tensors.
+"""A Transformers cache over one `PagedKV` or `StripedKV`: what `generate` asks of a cache, without its tensors.
 
 Transformers caches [B, heads, S, D] per layer, padding included; here the layers append to `PagedKV`, and only tokens
 that the attention mask keeps are stored. `CacheStore` knows both views: how many columns of the mask are cached, and
@@ -9,7 +9,8 @@ An empty `DynamicCache` is adopted in place rather than replaced, since callers 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
+from math import lcm
 from typing import Any, NamedTuple
 
 import torch
@@ -17,8 +18,10 @@ from jaxtyping import Bool, Int64
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
+from seqpar.hf.attend import Home
 from seqpar.hf.padding import Padding
-from seqpar.kv import PagedKV
+from seqpar.kv import PagedKV, StripedKV
+from seqpar.partition import Striping
 from seqpar.ragged import RaggedBatch
 
 __all__ = ["CacheSpec", "CacheStore", "ParallelCache", "store_of"]
@@ -27,13 +30,37 @@ _ROUND = 64  # tokens; a contiguous cache grows by half its length, rounded up t
 
 
 class CacheSpec(NamedTuple):
-    """What one rank caches of a model."""
+    """What one rank caches of a model: all tokens of its own heads, or with a striping its tokens of all heads."""
 
     num_layers: int
     num_kv_heads: int
     head_dim: int
     dtype: torch.dtype
     device: torch.device
+    striping: Striping | None = None
+    rank: int = 0
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes for one token in all layers; of a striping the most that a rank's share comes to, rounded up."""
+        whole = 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.dtype.itemsize
+        return whole if self.striping is None else -(-whole // self.striping.ranks)
+
+    def make(self, num_pages: int, page_size: int, pages_per_request: int | None) -> PagedKV:
+        """An empty cache."""
+        sizes = (self.num_layers, num_pages, page_size, self.num_kv_heads, self.head_dim)
+        options: dict[str, Any] = {
+            "pages_per_request": pages_per_request,
+            "dtype": self.dtype,
+            "device": self.device,
+        }
+        if self.striping is None:
+            return PagedKV(*sizes, **options)
+        return StripedKV(*sizes, striping=self.striping, rank=self.rank, **options)
+
+
+Move = Callable[[PagedKV, PagedKV, Sequence[Hashable]], None]
+"""Copies requests from one cache to another that lies elsewhere."""
 
 
 class CacheStore:
@@ -58,6 +85,23 @@ class CacheStore:
         self.history: Bool[Tensor, "b seen"] | None = None
         self.lengths: list[int] = []
 
+    @property
+    def home(self) -> Home:
+        """Where the cache lies."""
+        return "tokens" if self.spec is not None and self.spec.striping is not None else "heads"
+
+    def check_stripes(self, striping: Striping) -> None:
+        """Refuse pages that tokens could not be dealt out in, before they have to be.
+
+        Raises:
+            ValueError: `page_size` is no whole number of rounds of the striping.
+        """
+        if self.page_size is not None and self.page_size % striping.period:
+            raise ValueError(
+                f"`page_size` must be a multiple of the {striping.period} sequence ranks, over which tokens are dealt "
+                f"out, got {self.page_size}"
+            )
+
     def begin(self, padding: Padding, positions: Int64[Tensor, " t"], spec: CacheSpec) -> tuple[PagedKV, RaggedBatch]:
         """Find room for a step. It counts only once `commit` is called: a step that failed leaves nothing behind.
 
@@ -65,18 +109,47 @@ class CacheStore:
             ValueError: another number of requests, another model's cache, or no room; then nothing has changed.
         """
         requests = padding.shape[0]
+        if not any(self.lengths) and self.spec not in (None, spec):
+            self.kv = self.spec = None  # it is empty, and the next prompt lies elsewhere
+        self._check(requests, spec)
+        lengths = self.lengths or [0] * requests
+        kv = self._with_room([old + new for old, new in zip(lengths, padding.q_lens, strict=True)], spec)
+        self._forget(kv, lengths)
+        return kv, kv.batch(range(requests), padding.q_lens, positions=positions)
+
+    def move(self, requests: int, here: CacheSpec, there: CacheSpec, move: Move) -> None:
+        """Let what is cached lie elsewhere; until it does, both places need memory.
+
+        Raises:
+            ValueError: another number of requests, another model's cache, or one that cannot be moved; then it is where
+                it was.
+        """
+        self._check(requests, here)
+        source = self.kv
+        assert source is not None, "there is something cached"
+        self._forget(source, self.lengths)
+        self.kv = None
+        try:
+            move(source, self._with_room(self.lengths, there), range(requests))
+        except BaseException:
+            self.kv, self.spec = source, here
+            raise
+
+    def _check(self, requests: int, spec: CacheSpec) -> None:
+        """Refuse another model's cache, and other requests than those that it holds."""
         if self.spec not in (None, spec):
             raise ValueError(f"`past_key_values` must hold this model's cache ({spec}), got {self.spec}")
         if self.lengths and len(self.lengths) != requests:
             raise ValueError(f"`input_ids` must have one row per cached request ({len(self.lengths)}), got {requests}")
-        lengths = self.lengths or [0] * requests
-        kv = self._with_room([old + new for old, new in zip(lengths, padding.q_lens, strict=True)], spec)
-        for request in range(len(kv.ids)):  # ids count from 0; a step that failed may have left more than there are
-            if request >= requests:
+
+    @staticmethod
+    def _forget(kv: PagedKV, lengths: Sequence[int]) -> None:
+        """Leave nothing of a step that failed, which may have begun with more requests than there are."""
+        for request in range(len(kv.ids)):  # ids count from 0
+            if request >= len(lengths):
                 kv.free(request)
             elif kv.length(request) > lengths[request]:
                 kv.truncate(request, lengths[request])
-        return kv, kv.batch(range(requests), padding.q_lens, positions=positions)
 
     def commit(self, padding: Padding) -> None:
         """Count the tokens of the step begun last as cached."""
@@ -125,21 +198,12 @@ class CacheStore:
 
     def _with_room(self, lengths: list[int], spec: CacheSpec) -> PagedKV:
         """The pages, made or grown so that requests of these lengths fit; pages of a fixed number never grow."""
-        longest = max(lengths)
-        room = -(-longest * 3 // 2 // _ROUND) * _ROUND
+        longest, unit = max(lengths), lcm(_ROUND, 1 if spec.striping is None else spec.striping.period)
+        room = -(-longest * 3 // (2 * unit)) * unit
         if self.kv is None:
-            self.spec = spec
             pages, page_size = self.num_pages or len(lengths), self.page_size or room
-            self.kv = PagedKV(
-                spec.num_layers,
-                pages,
-                page_size,
-                spec.num_kv_heads,
-                spec.head_dim,
-                pages_per_request=1 if self.num_pages is None else None,
-                dtype=spec.dtype,
-                device=spec.device,
-            )
+            self.kv = spec.make(pages, page_size, 1 if self.num_pages is None else None)
+            self.spec = spec
         elif self.num_pages is None:
             page_size = max(self.kv.page_size, room if longest > self.kv.page_size else 0)
             if page_size > self.kv.page_size or len(lengths) > self.kv.num_pages:

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from seqpar import comm
 from seqpar.comm import DeviceMesh, Wire
 from seqpar.hf.agreed import agreed, check_same
+from seqpar.hf.attend import Decode, Prefill
 from seqpar.hf.auto import AutoOverlap
 from seqpar.hf.backbone import LMHead
 from seqpar.hf.checkpoint import DTYPES, Checkpoint, Names, parse_object
@@ -42,6 +43,8 @@ def load(
     wire: Wire | None = None,
     experts: ExpertPlacement = "tp",
     shift: int | Shift | AutoShift | Literal["auto", "off"] = "off",
+    prefill: Prefill = "ulysses",
+    decode: Decode = "local",
 ) -> PreTrainedModel:
     """Load a causal LM from safetensors, each rank its own slices.
 
@@ -57,6 +60,8 @@ def load(
         wire: see `parallelize`.
         experts: see `parallelize`.
         shift: see `parallelize`.
+        prefill: see `parallelize`.
+        decode: see `parallelize`.
 
     Returns:
         The Transformers model in evaluation mode; `model.seqpar` has the `LoadReport`.
@@ -83,10 +88,12 @@ def load(
             wire=wire,
             experts=experts,
             shift=shift,
+            prefill=prefill,
+            decode=decode,
         )
         parallel = Parallelized(whole, groups, *modules)
         _check(checkpoint, parallel)
-        options = f"{sequence_sharded} {overlap} {pipeline} {wire} {experts} {shift}"
+        options = f"{sequence_sharded} {overlap} {pipeline} {wire} {experts} {shift} {prefill} {decode}"
         content = _describe(checkpoint, parallel) + options.encode()
     check_same("checkpoint, `dtype` and options", content, group=groups.flat, device=place)
     assert parallel is not None and checkpoint is not None

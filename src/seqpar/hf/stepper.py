@@ -39,7 +39,8 @@ class Stepper:
 
     Raises:
         TypeError: the model is not parallelized.
-        ValueError: its rotary positions depend on the longest request, which would make tokens depend on the batch.
+        ValueError: its rotary positions depend on the longest request, which would make tokens depend on the batch; its
+            prefill or decode wants another cache than one by heads.
     """
 
     def __init__(self, model: PreTrainedModel, *, num_pages: int, page_size: int) -> None:
@@ -52,6 +53,12 @@ class Stepper:
         if kind in _VARYING:
             raise ValueError(
                 f"`rope_type` must give a token the same rotation in any batch, got {kind!r}; use `generate`"
+            )
+        attend = backbone.attend
+        if attend.stripes:
+            raise ValueError(
+                '`model` must have prefill="ulysses" and decode="local", whose steps share one cache, got '
+                f"prefill={attend.prefill!r} and decode={attend.decode!r}; use `generate`"
             )
         spec = backbone.cache_spec()
         self.kv = PagedKV(

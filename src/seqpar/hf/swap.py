@@ -20,9 +20,9 @@ from transformers import __version__ as transformers_version
 from seqpar import comm
 from seqpar.comm import DeviceMesh, Groups, Wire
 from seqpar.hf.agreed import agreed, check_same
+from seqpar.hf.attend import Attend, Decode, Prefill, add_cores, check_methods
 from seqpar.hf.auto import AutoOverlap
 from seqpar.hf.backbone import KEEP, LMHead, ParallelBackbone
-from seqpar.hf.cache import CacheSpec
 from seqpar.hf.generation import parallel_generate
 from seqpar.hf.methods import method_of
 from seqpar.hf.models import check_model, sliding_windows
@@ -66,7 +66,7 @@ class MemoryReport(NamedTuple):
         weight_bytes: parameters stored.
         layout_bytes: of those, what a step reads under each layout.
         extra_bytes: what layouts store besides; the paper's second model would be `weight_bytes` / sp.
-        kv_token_bytes: cached for one token, in all layers and under every layout.
+        kv_token_bytes: cached for one token, in all layers and under every layout, where decodes read it.
     """
 
     weight_bytes: int
@@ -187,6 +187,11 @@ class Parallelized:
             return overlap.explain()
         return "off: every step runs whole" if overlap is None else f"as given: {overlap}"
 
+    def explain_decode(self) -> str:
+        """Where decodes are computed and, where that was decided by measurement, why; for people."""
+        explanation: str = self.model.model.attend.explain()
+        return explanation
+
     @property
     def weight_bytes(self) -> int:
         """Bytes of the parameters that this rank stores."""
@@ -194,9 +199,10 @@ class Parallelized:
 
     @property
     def kv_token_bytes(self) -> int:
-        """Bytes that this rank caches for one token, in all layers."""
-        spec: CacheSpec = self.model.model.cache_spec()
-        return 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * spec.dtype.itemsize
+        """Bytes that this rank caches for one token, in all layers, where decodes read it; on average, if dealt out."""
+        stack = self.model.model
+        size: int = stack.cache_spec("heads" if stack.attend.decode == "local" else "tokens").token_bytes
+        return size
 
     def __enter__(self) -> Parallelized:
         self._kept = self.model
@@ -221,6 +227,8 @@ def parallelize(
     wire: Wire | None = None,
     experts: ExpertPlacement = "tp",
     shift: int | Shift | AutoShift | Literal["auto", "off"] = "off",
+    prefill: Prefill = "ulysses",
+    decode: Decode = "local",
 ) -> Parallelized:
     """Swap the stack and the head of a model for parallel ones, in place.
 
@@ -249,6 +257,13 @@ def parallelize(
             parallelism over all ranks, above it the layout of `mesh`. A `Shift`: its layouts. "auto" measures all that
             the mesh reaches at the first step (`AutoShift`); `explain_shift` says what it chose and why. Steps with
             gradients run under the layout of `mesh`.
+        prefill: what computes prompts: "ulysses", or "ring" (`seqpar.layers.RingAttention`, with gradients too), under
+            which tokens stay on their ranks. Its steps run under the layout of `mesh` and compute all rows of the last
+            layer.
+        decode: where decodes are computed: "local", each rank with its own heads, or "qship", by shipping queries to a
+            cache that is dealt out by tokens (`seqpar.layers.QShipDecodeAttention`). Any pair goes together, with the
+            same results up to rounding. A cache is moved from where the prefill left it to where decodes read it before
+            the first decode, once; prompts that follow are computed where it lies then.
 
     Comm:  agreement on the model and on samples of its weights.
 
@@ -260,7 +275,8 @@ def parallelize(
     content, modules = b"", None
     with agreed(groups.flat):
         check_model(model)
-        content = _sample(model) + f"{sequence_sharded} {overlap} {pipeline} {wire} {experts} {shift}".encode()
+        options = f"{sequence_sharded} {overlap} {pipeline} {wire} {experts} {shift} {prefill} {decode}"
+        content = _sample(model) + options.encode()
         modules = build(
             model,
             groups,
@@ -270,6 +286,8 @@ def parallelize(
             wire=wire,
             experts=experts,
             shift=shift,
+            prefill=prefill,
+            decode=decode,
         )
     check_same("config and weights of `model`", content, group=groups.flat, device=model.device)
     assert modules is not None
@@ -288,6 +306,8 @@ def build(
     wire: Wire | None = None,
     experts: ExpertPlacement = "tp",
     shift: int | Shift | AutoShift | Literal["auto", "off"] = "off",
+    prefill: Prefill = "ulysses",
+    decode: Decode = "local",
 ) -> tuple[ParallelBackbone, ParallelLMHead]:
     """The parallel modules for a model; meta weights give meta slices.
 
@@ -301,6 +321,7 @@ def build(
         raise TypeError(f"`pipeline` must be a ThreePhase or None, got {pipeline!r}")
     if experts not in ("tp", "ep"):
         raise ValueError(f'`experts` must be "tp" or "ep", got {experts!r}')
+    check_methods(prefill, decode, pipeline=pipeline, overlap=overlap)
     rule = _shift(shift, groups.layout)
     chosen = AutoOverlap() if overlap == "auto" else None if overlap == "off" else overlap
     config, stack = model.config, model.model
@@ -321,6 +342,8 @@ def build(
         )
         for index, layer in enumerate(stack.layers)
     ]
+    attend = Attend(prefill, decode, heads=heads, head_dim=stack.layers[0].self_attn.head_dim)
+    add_cores(layers, attend, groups=groups)
     embedding = VocabParallelEmbedding.from_module(stack.embed_tokens, group=groups.tp, sp=groups.layout.sp)
     backbone = ParallelBackbone(
         config,
@@ -336,6 +359,7 @@ def build(
         sequence_sharded=sequence_sharded,
         overlap=chosen,
         shift=rule,
+        attend=attend,
     )
     if model.lm_head.weight is stack.embed_tokens.weight:
         return backbone, LMHead.tied(embedding, groups=groups)

@@ -8,6 +8,7 @@ rows, and its share of a request reads as that of an ordinary paged request.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -127,6 +128,12 @@ class StripedKV(PagedKV):
         """How many tokens of each request from before a step this rank holds: the first ones of its share."""
         lengths = zip(batch.q_lens, batch.kv_lens, strict=True)
         return tuple(self._stored(keys - new) for new, keys in lengths)
+
+    def slots(self, pages: Sequence[int], tokens: Range) -> Int64[Tensor, " own"]:
+        """Where this rank's own tokens of a request lie that has these pages: rows of all pages, on the host."""
+        index = torch.arange(*tokens)
+        size = self.local_page_size
+        return torch.tensor(pages, dtype=torch.int64)[index // size] * size + index % size
 
     def append(
         self,

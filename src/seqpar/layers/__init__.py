@@ -27,6 +27,7 @@ from seqpar.layers.mlp import ParallelMLP
 from seqpar.layers.moe import ExpertPlacement, ParallelMoE
 from seqpar.layers.norm import RMSNorm
 from seqpar.layers.overlap import OverlappedAttention, OverlappedMLP
+from seqpar.layers.placed import PlacedCore, placed_rows
 from seqpar.layers.qship import QShipDecodeAttention
 from seqpar.layers.ring import CachedKV, RingAttention
 from seqpar.layers.striped import (
@@ -57,6 +58,7 @@ __all__ = [
     "ParallelMLP",
     "ParallelMoE",
     "PipelinedUlysses",
+    "PlacedCore",
     "Policy",
     "QKVParallelLinear",
     "QShipDecodeAttention",
@@ -78,6 +80,7 @@ __all__ = [
     "heads_to_stripes_steps",
     "iter_sources",
     "name_modules",
+    "placed_rows",
     "stripes_to_heads",
     "stripes_to_heads_steps",
     "sync_gradients",

@@ -21,6 +21,7 @@ from seqpar.layers.linear import QKVParallelLinear, RowParallelLinear, enter_ste
 from seqpar.layers.mlp import ParallelMLP, given
 from seqpar.layers.moe import ExpertPlacement, ParallelMoE, is_mixture
 from seqpar.layers.norm import RMSNorm
+from seqpar.layers.placed import PlacedCore
 from seqpar.layers.threephase import PipelinedUlysses
 from seqpar.layers.ulysses import UlyssesAttention
 from seqpar.partition import HeadMap, Layout, Range, ThreePhase, even_ranges, even_split
@@ -38,11 +39,12 @@ class ParallelAttention(nn.Module):
         o_proj: sharded over `tp` by the same heads.
     """
 
-    label: str = ""
     unnamed: ClassVar[tuple[str, ...]] = ("qkv_proj", "core")
 
     def __init__(self, qkv_proj: QKVParallelLinear, core: UlyssesAttention, o_proj: nn.Module) -> None:
         super().__init__()
+        self.cores: dict[str, UlyssesAttention | PlacedCore] = {}
+        self.label = ""
         qkv_proj.enters = False
         self.sequence_sharded, self.wire = qkv_proj.sequence_sharded, qkv_proj.wire
         self.tp_groups: dict[Layout | None, ProcessGroup] = {
@@ -123,9 +125,41 @@ class ParallelAttention(nn.Module):
         """
         qkv_proj, o_proj = part_of(self, "qkv_proj", QKVParallelLinear), part_of(self, "o_proj", RowParallelLinear)
         qkv_proj.add_layout(layout, group=groups.tp)
-        self.core.add_layout(layout, group=groups.sp)
+        for core in (self.core, *self.cores.values()):
+            if isinstance(core, UlyssesAttention):
+                core.add_layout(layout, group=groups.sp)
         o_proj.add_layout(layout, group=groups.tp)
         self.tp_groups[layout] = groups.tp
+
+    @property
+    def label(self) -> str:
+        """Names its collectives; the cores that were added are called what the core is that they stand for."""
+        return self._label
+
+    @label.setter
+    def label(self, label: str) -> None:
+        self._label = label
+        for core in self.cores.values():
+            core.label = f"{label}.core"
+
+    def add_core(self, name: str, core: UlyssesAttention | PlacedCore) -> None:
+        """Make `steps(x, core=name)` available: other steps of the same projections attend otherwise.
+
+        It is to have no weights but those of `core`, whose norms and sinks it may share; it is no child, so that
+        `state_dict` and `parameters` are what they were. Add layouts afterwards.
+        """
+        self.cores[name] = core
+        self.label = self._label
+
+    def find_core(self, name: str | None) -> UlyssesAttention | PlacedCore:
+        """What attends in steps with `core=name`.
+
+        Raises:
+            ValueError: it was never added.
+        """
+        if name is not None and name not in self.cores:
+            raise ValueError(f"`core` must be None or one of {sorted(self.cores)}, got {name!r}; see add_core")
+        return self.core if name is None else self.cores[name]
 
     def steps(
         self,
@@ -138,9 +172,11 @@ class ParallelAttention(nn.Module):
         layout: Layout | None = None,
         num_tokens: int | None = None,
         tail: Tail | None = None,
+        core: str | None = None,
     ) -> Steps[Float[Tensor, "t_out m"]]:
         """See `forward`; yields where its parts do."""
         group, options = find_layout(self.tp_groups, layout), given(layout=layout)
+        attend = self.find_core(core)
         x = yield from enter_steps(
             x,
             group=group,
@@ -150,7 +186,7 @@ class ParallelAttention(nn.Module):
             wire=self.wire,
         )
         qkv = yield from comm.call(self.qkv_proj, x, **options)
-        out = yield from comm.call(self.core, qkv, batch, cos, sin, kv, **options, **given(tail=tail))
+        out = yield from comm.call(attend, qkv, batch, cos, sin, kv, **options, **given(tail=tail))
         if tail is not None and not tail.rows:
             return x[:0]
         if tail is not None and self.sequence_sharded:
@@ -169,13 +205,15 @@ class ParallelAttention(nn.Module):
         layout: Layout | None = None,
         num_tokens: int | None = None,
         tail: Tail | None = None,
+        core: str | None = None,
     ) -> Float[Tensor, "t_out m"]:
         """Attend over the batch; arguments as `UlyssesAttention.forward` and the linears take them.
 
         In, Out: x[T/sp, M], replicated over `tp`; [T/sp/tp, M] when sequence-sharded. With `tail`, out come its rows.
-        Comm:  two all-to-alls over `sp` and one all-reduce over `tp`.
+        Comm:  two all-to-alls over `sp`, or what the core that was added as `core` sends, and one all-reduce over `tp`.
         """
-        return comm.run(self.steps(x, batch, cos, sin, kv, layout=layout, num_tokens=num_tokens, tail=tail))
+        run = self.steps(x, batch, cos, sin, kv, layout=layout, num_tokens=num_tokens, tail=tail, core=core)
+        return comm.run(run)
 
     def _held(self, tail: Tail, layout: Layout | None) -> tuple[int, ...]:
         """How many rows of a tail each tensor-parallel rank holds when sequence-sharded."""
@@ -283,12 +321,14 @@ class ParallelDecoderLayer(nn.Module):
         *,
         layout: Layout | None = None,
         tail: Tail | None = None,
+        core: str | None = None,
     ) -> Steps[Float[Tensor, "t_out m"]]:
         """See `forward`; yields where its parts do."""
-        tokens = self._check(x, batch, layout)
+        tokens = self._check(x, batch, layout, core)
         options: dict[str, Any] = given(layout=layout, num_tokens=tokens.size if self.sequence_sharded else None)
         normed = yield from comm.call(self.input_layernorm, x)
-        attended = yield from comm.call(self.self_attn, normed, batch, cos, sin, kv, **options, **given(tail=tail))
+        how = given(tail=tail, core=core)
+        attended = yield from comm.call(self.self_attn, normed, batch, cos, sin, kv, **options, **how)
         if tail is not None:
             start = tokens.start
             if self.sequence_sharded:
@@ -313,11 +353,12 @@ class ParallelDecoderLayer(nn.Module):
         *,
         layout: Layout | None = None,
         tail: Tail | None = None,
+        core: str | None = None,
     ) -> Float[Tensor, "t_out m"]:
         """Run the layer over one ragged batch.
 
         In, Out: x[T/sp, M] by `even_split`, replicated over `tp`; [T/sp/tp, M] when sequence-sharded. With `tail`, out
-            come those of its rows that x holds.
+            come those of its rows that x holds. With a `core` that places tokens itself, those of `placed_rows`.
         Grad:  placed as `x`.
         Comm:  per layer two all-to-alls over `sp` and two all-reduces over `tp` (or two all-gathers and two
             reduce-scatters); nothing over a group of one. With a `tail` all but the first all-to-all move its rows
@@ -332,11 +373,12 @@ class ParallelDecoderLayer(nn.Module):
             layout: one that `add_layout` recorded; the stored one by default.
             tail: the only rows to compute, for a last layer (`RaggedBatch.tail`): of the others it appends the keys
                 and values. A rank computes those that it holds; some ranks may have none.
+            core: what attends, by the name that it was added under (`ParallelAttention.add_core`).
 
         Raises:
             ValueError: a number of tokens that is not this rank's share of the batch, or another batch's tail.
         """
-        return comm.run(self.steps(x, batch, cos, sin, kv, layout=layout, tail=tail))
+        return comm.run(self.steps(x, batch, cos, sin, kv, layout=layout, tail=tail, core=core))
 
     def takes_tail(self) -> bool:
         """Whether `steps` may be given a `tail`: no hook and no part of another's would miss the other rows."""
@@ -348,11 +390,14 @@ class ParallelDecoderLayer(nn.Module):
             and not any(comm.is_wrapped(module) for module in self.modules())
         )
 
-    def _check(self, x: Tensor, batch: RaggedBatch, layout: Layout | None) -> Range:
+    def _check(self, x: Tensor, batch: RaggedBatch, layout: Layout | None, core: str | None) -> Range:
         """The tokens of this sequence rank, after checking that `x` holds them (or this rank's share of them)."""
         place = find_layout(self.ranks, layout)
         check_gradients(self.parameters(), layout, self.ranks[None].layout)
         tokens = even_ranges(batch.num_tokens, place.layout.sp)[place.sp_rank]
+        attend = None if core is None else part_of(self, "self_attn", ParallelAttention).find_core(core)
+        if isinstance(attend, PlacedCore):
+            tokens = Range(0, len(attend.rows(batch)))
         expected = even_split(tokens.size, place.layout.tp)[place.tp_rank] if self.sequence_sharded else tokens.size
         if x.ndim != 2 or x.shape[0] != expected:
             raise ValueError(

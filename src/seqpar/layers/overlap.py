@@ -103,7 +103,7 @@ class OverlappedAttention(ParallelAttention):
 
     The sum of the output projection hides under the next part's attention, and with `sp` both all-to-alls do. The
     result is `ParallelAttention`'s up to the rounding of attention and products over fewer rows. Steps below the core's
-    `min_tokens`, and steps with a tail, run as they do there.
+    `min_tokens`, and steps with a tail or another core, run as they do there.
 
     Build it by `from_module(..., pipeline=ThreePhase(head_groups=1, query_chunks=2))`, on any layout, without `sp` too.
 
@@ -140,6 +140,7 @@ class OverlappedAttention(ParallelAttention):
         layout: Layout | None = None,
         num_tokens: int | None = None,
         tail: Tail | None = None,
+        core: str | None = None,
     ) -> Steps[Float[Tensor, "t_out m"]]:
         """See `ParallelAttention.forward`; what is launched is waited for one part later.
 
@@ -153,8 +154,8 @@ class OverlappedAttention(ParallelAttention):
                     f"`{name}` must be callable in steps, got hooks or a wrapper on it; remove them or use "
                     "ParallelAttention"
                 )
-        if tail is not None or batch.num_tokens < self.core.pipeline.min_tokens:
-            run = super().steps(x, batch, cos, sin, kv, layout=layout, num_tokens=num_tokens, tail=tail)
+        if tail is not None or core is not None or batch.num_tokens < self.core.pipeline.min_tokens:
+            run = super().steps(x, batch, cos, sin, kv, layout=layout, num_tokens=num_tokens, tail=tail, core=core)
             return (yield from run)
         group, options = find_layout(self.tp_groups, layout), given(layout=layout)
         x = yield from enter_steps(x, group=group, sequence_sharded=False, num_tokens=None, label=self.label)

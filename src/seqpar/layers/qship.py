@@ -32,7 +32,6 @@ from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple, get_args
 
 import torch
-from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -43,6 +42,7 @@ from seqpar.kernels.quantize import Wire, check_wire, decode, encode, encoded_wi
 from seqpar.kv import PagedKV, StripedKV
 from seqpar.layers.base import find_layout
 from seqpar.layers.heads import HeadParameter
+from seqpar.layers.striped import check_striped
 from seqpar.layers.ulysses import UlyssesAttention
 from seqpar.partition import HeadMap, Layout, Range, even_ranges, layout_names
 from seqpar.ragged import RaggedBatch, Tail
@@ -194,7 +194,7 @@ class QShipDecodeAttention(UlyssesAttention):
         self._check_step(qkv, batch, cos, sin, kv, tail)
         assert isinstance(kv, StripedKV), "`_check_cache` refuses others"
         plan = self._plan(batch, tail, kv, blocks)
-        q, k, v = self._unpack(qkv, self.heads if whole or layout is None else self.heads.on(layout))
+        q, k, v = self.unpack(qkv, layout=None if whole else layout)
         if tail is not None:
             q = tail.take(q, rows.start)
         q, k = (x.detach() for x in self._turn(q, k, rows, cos, sin, tail))
@@ -284,32 +284,7 @@ class QShipDecodeAttention(UlyssesAttention):
         if torch.is_grad_enabled() and qkv.requires_grad:
             raise ValueError("`qkv` must need no gradient, got one that does; use torch.no_grad(), or Ulysses to train")
         check_wire(self.wire, qkv, "qkv")
-        size, rank = self.group.size(), self.group.rank()
-        if not isinstance(kv, StripedKV) or (kv.striping.ranks, kv.rank) != (size, rank):
-            got = f"rank {kv.rank} of {kv.striping.ranks}" if isinstance(kv, StripedKV) else type(kv).__name__
-            raise ValueError(
-                f"`kv` must be the `StripedKV` of rank {rank} of the group's {size}, got {got}; "
-                "`heads_to_stripes` fills one from a `PagedKV`"
-            )
-        wanted, found = (self.kv_shard.size, self.head_dim, qkv.dtype), (kv.num_kv_heads, kv.head_dim, kv.dtype)
-        if wanted != found:
-            raise ValueError(
-                f"`kv` must hold the KV heads of this tp shard {wanted} (heads, head_dim, dtype; `heads.kv_shard`), "
-                f"got {found}"
-            )
-        if batch.page_size != kv.page_size:
-            raise ValueError(f"`batch` must have the cache's page size ({kv.page_size}), got {batch.page_size}")
-
-    def _unpack(self, qkv: Tensor, heads: HeadMap) -> tuple[Tensor, Tensor, Tensor]:
-        """[T, C] in storage order to q[T, H, D], k[T, G, D], v[T, G, D] of a shard, heads in order."""
-        columns = qkv.unflatten(1, (-1, self.head_dim))
-        parts: dict[str, list[Tensor]] = {"q": [], "kv": []}
-        for segment, at in heads.offsets(self.rank // heads.sp):
-            width = segment.heads.size * (1 if segment.kind == "q" else 2)
-            parts[segment.kind].append(columns[:, at : at + width])
-        q, pairs = (torch.cat(found, 1) for found in parts.values())
-        k, v = rearrange(pairs, "t (g two) d -> two t g d", two=2)
-        return q, k, v
+        check_striped(kv, batch, group=self.group, heads=self.kv_shard.size, head_dim=self.head_dim, dtype=qkv.dtype)
 
     def _turn(
         self,
@@ -494,15 +469,9 @@ def _shares(
         paged = RaggedBatch.build([1] * len(requests), lengths, pages, size, device=device)
         yield _share(rows, None, paged, asked, kv_head_of)
     if near:
-        slots = torch.cat([_slots(batch.pages[request], size, seen) for _, request, seen in near])
+        slots = torch.cat([kv.slots(batch.pages[request], seen) for _, request, seen in near])
         flat = RaggedBatch.build([1] * len(near), [seen.size for *_, seen in near], device=device)
         yield _share([row for row, *_ in near], slots.to(device), flat, 1, kv_head_of)
-
-
-def _slots(pages: tuple[int, ...], size: int, tokens: Range) -> Tensor:
-    """Where the own tokens of a request lie that has these pages."""
-    index = torch.arange(*tokens)
-    return torch.tensor(pages)[index // size] * size + index % size
 
 
 def _share(

@@ -306,5 +306,31 @@ def _check(whole: PagedKV, striped: StripedKV, heads: HeadMap, group: ProcessGro
         )
 
 
+def check_striped(
+    kv: PagedKV | None, batch: RaggedBatch, *, group: ProcessGroup, heads: int, head_dim: int, dtype: torch.dtype
+) -> StripedKV:
+    """The cache, once it is found to be this rank's share of a group's, of these heads, and the batch's.
+
+    Raises:
+        ValueError: it is not.
+    """
+    size, rank = group.size(), group.rank()
+    if not isinstance(kv, StripedKV) or (kv.striping.ranks, kv.rank) != (size, rank):
+        got = f"rank {kv.rank} of {kv.striping.ranks}" if isinstance(kv, StripedKV) else type(kv).__name__
+        raise ValueError(
+            f"`kv` must be the `StripedKV` of rank {rank} of the group's {size}, got {got}; "
+            "`heads_to_stripes` fills one from a `PagedKV`"
+        )
+    wanted, found = (heads, head_dim, dtype), (kv.num_kv_heads, kv.head_dim, kv.dtype)
+    if wanted != found:
+        raise ValueError(
+            f"`kv` must hold the KV heads of this tp shard {wanted} (heads, head_dim, dtype; `heads.kv_shard`), "
+            f"got {found}"
+        )
+    if batch.page_size != kv.page_size:
+        raise ValueError(f"`batch` must have the cache's page size ({kv.page_size}), got {batch.page_size}")
+    return kv
+
+
 def _index(places: Sequence[int], like: PagedKV) -> Tensor:
     return torch.tensor(places, dtype=torch.int64, device=like.device)

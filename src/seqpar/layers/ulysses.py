@@ -130,6 +130,20 @@ class UlyssesAttention(nn.Module):
             parts.append(rearrange(rows[:, heads.start - first : heads.stop - first], "t h d -> t (h d)"))
         return torch.cat(parts, dim=1)
 
+    def unpack(
+        self, qkv: Float[Tensor, "t c"], *, layout: Layout | None = None
+    ) -> tuple[Float[Tensor, "t h d"], Float[Tensor, "t g d"], Float[Tensor, "t g d"]]:
+        """`pack` undone: q, k and v of the shard that this rank has in `layout`, heads in order."""
+        heads = self.heads if layout is None else self.heads.on(layout)
+        columns = qkv.unflatten(1, (-1, self.head_dim))
+        parts: dict[str, list[Tensor]] = {"q": [], "kv": []}
+        for segment, at in heads.offsets(self.rank // heads.sp):
+            width = segment.heads.size * (1 if segment.kind == "q" else 2)
+            parts[segment.kind].append(columns[:, at : at + width])
+        q, pairs = (torch.cat(found, 1) for found in parts.values())
+        k, v = rearrange(pairs, "t (g two) d -> two t g d", two=2)
+        return q, k, v
+
     def steps(
         self,
         qkv: Float[Tensor, "t_local c"],
@@ -237,6 +251,10 @@ class UlyssesAttention(nn.Module):
         """Refuse what the second half of the step would, before the first collective."""
         if tail is not None and tail.whole is not batch:
             raise ValueError("`tail` must be of this `batch`, got another's; make it by `batch.tail(rows)`")
+        self._check_tables(batch, cos, sin)
+        self._check_cache(qkv, batch, kv)
+
+    def _check_tables(self, batch: RaggedBatch, cos: Tensor | None, sin: Tensor | None) -> None:
         table = (batch.num_tokens, self.head_dim)
         if (cos is None) != (sin is None):
             raise ValueError(f"`cos` and `sin` must be given together, got {type(cos).__name__}, {type(sin).__name__}")
@@ -245,7 +263,6 @@ class UlyssesAttention(nn.Module):
                 f"`cos` and `sin` must have shape {list(table)} (all tokens of the batch), "
                 f"got {list(cos.shape)} and {list(sin.shape)}"
             )
-        self._check_cache(qkv, batch, kv)
 
     def _check_cache(self, qkv: Tensor, batch: RaggedBatch, kv: PagedKV | None) -> None:
         """Refuse a cache, or the lack of one, that does not fit the step."""
