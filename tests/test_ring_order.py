@@ -253,6 +253,15 @@ def test_rows_are_placed_as_ranks_of_a_smaller_ring(columns: int) -> None:
     assert [len(row[0]) for row in gather_held(twice, 2)] == [1, 1]  # chunks of stripes join, too
 
 
+def test_runs_that_do_not_touch_stay_apart() -> None:
+    """Stripes 0 and 2 of 6, which have as many tokens as 0 and 1 would; and one that ends before its neighbour does."""
+    first, third, second = Run(0, 2, 0, 6), Run(0, 1, 2, 6), Run(0, 1, 1, 6)
+    assert gather_held((((first,),), ((third,),)), 2) == (((first, third),),)
+    assert gather_held((((first,),), ((second,),)), 2) == (((Run(0, 3, 0, 6, 2),),),)
+    longer = Run(0, 3, 0, 6)
+    assert gather_held((((longer,),), ((second,),)), 2) == (((longer, second),),)
+
+
 def test_heads_in_parts_by_hand() -> None:
     parts = head_parts(Range(0, 6), 4, 4)  # 6 heads of 4 to a KV head
     assert [(tuple(p.q), tuple(p.kv)) for p in parts] == [

@@ -60,6 +60,8 @@ def test_the_choice_is_one_of_time() -> None:
     assert usp_costs(replace(LLAMA_8B, new=32_768), **HOSTS)[0].ulysses == 8
     assert usp_costs(replace(LLAMA_8B, new=2**20), **HOSTS)[0].ulysses == 1
     same = {**HOSTS, "row_bytes_per_s": None, "row_latency_s": None, "row_ranks": None}
+    fast, slow = ({c.ulysses: c.seconds for c in usp_costs(LLAMA_8B, **options)} for options in (HOSTS, same))
+    assert fast[8] < slow[8] and fast[16] == slow[16]  # a row over two hosts
     least = min(usp_costs(replace(LLAMA_8B, new=32_768), **same), key=lambda c: c.exchange_bytes + c.ring_bytes)
     assert least.ulysses == 8  # as many as there are KV heads
     # Few tokens behind a long prefix: its keys would be exchanged at every step, which only the links of a host bear.
