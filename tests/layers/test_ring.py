@@ -228,26 +228,29 @@ def test_chunks_of_prompts_over_a_striped_cache() -> None:
 
 
 def low_precision(mesh: comm.DeviceMesh, dtype: torch.dtype) -> None:
-    """Output and gradients no further from float64 than twice plain attention in the same dtype, and a rounding."""
-    groups = comm.groups(mesh)
     for method in ("kv", "q"):
         case = Case(method=method, q_lens=(70, 9))
-        core, (full, seeds) = layer(case, groups), inputs(case, dtype)
-        exact = [[x.detach().double().requires_grad_() for x in each] for each in full]
-        batch, new, _ = local(case, core, full)
-        rows, seed = core.rows(batch), torch.cat(seeds)
-        found = []
-        for each in (exact, full):
-            out = torch.cat(expected(case, each))
-            (out * seed).sum().backward()
-            grads = [torch.cat([x[i].grad for x in each]) for i in range(3)]  # type: ignore[misc]
-            found.append([x.detach()[rows].double() for x in (out, *grads)])
-        out = core(*new, batch)
-        (out * seed[rows]).sum().backward()
-        for ours, plain, wanted in zip((out, *(x.grad for x in new)), found[1], found[0], strict=True):
-            assert ours is not None and ours.dtype == dtype
-            allowed = 2 * (plain - wanted).abs().max() + torch.finfo(dtype).eps * wanted.abs().max()
-            assert (ours.double() - wanted).abs().max() <= allowed
+        near(case, layer(case, comm.groups(mesh)), dtype)
+
+
+def near(case: Case, core: RingAttention, dtype: torch.dtype) -> None:
+    """Output and gradients no further from float64 than twice plain attention in the same dtype, and a rounding."""
+    full, seeds = inputs(case, dtype)
+    exact = [[x.detach().double().requires_grad_() for x in each] for each in full]
+    batch, new, _ = local(case, core, full)
+    rows, seed = core.rows(batch), torch.cat(seeds)
+    found = []
+    for each in (exact, full):
+        out = torch.cat(expected(case, each))
+        (out * seed).sum().backward()
+        grads = [torch.cat([x[i].grad for x in each]) for i in range(3)]  # type: ignore[misc]
+        found.append([x.detach()[rows].double() for x in (out, *grads)])
+    out = core(*new, batch)
+    (out * seed[rows]).sum().backward()
+    for ours, plain, wanted in zip((out, *(x.grad for x in new)), found[1], found[0], strict=True):
+        assert ours is not None and ours.dtype == dtype
+        allowed = 2 * (plain - wanted).abs().max() + torch.finfo(dtype).eps * wanted.abs().max()
+        assert (ours.double() - wanted).abs().max() <= allowed
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])

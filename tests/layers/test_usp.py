@@ -25,6 +25,7 @@ from tests.layers.test_ring import (
     compare,
     inputs,
     local,
+    near,
     of_each,
     sinks_of,
     with_sinks,
@@ -84,6 +85,16 @@ GRIDS = [(1, 1), (2, 2), (3, 3), (4, 2), (4, 4), (4, 1), (2, 1), (3, 1)]
 )
 def test_equals_one_process_forward_and_backward(grid: tuple[int, int]) -> None:
     run_mesh((1, grid[0]), all_equal, grid[1], CASES if grid == (4, 2) else CASES[::2])
+
+
+def low_precision(mesh: comm.DeviceMesh) -> None:
+    for method in ("kv", "q"):
+        case = Case(method=method, q_lens=(70, 9))
+        near(case, layer(case, comm.groups(mesh), 2), torch.bfloat16)
+
+
+def test_low_precision_merges_in_float32() -> None:
+    run_mesh((1, 4), low_precision)
 
 
 def as_a_ring(mesh: comm.DeviceMesh) -> None:
