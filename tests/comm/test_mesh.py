@@ -199,8 +199,19 @@ def shifted_replica(rank, p):
     assert made.sp._get_backend(torch.device("cpu")).options._timeout.total_seconds() == 33
 
 
+def shifted_like_its_base(rank, p):
+    base = comm.groups(comm.init_mesh(1, 4, "cpu", timeout_s=33.0, deterministic=True))
+    for group in comm.layout_groups(base)[Layout(2, 2)][1:3]:
+        assert group is not base.flat and group.size() == 2 and comm.is_deterministic(group)
+        assert group._get_backend(torch.device("cpu")).options._timeout.total_seconds() == 33
+
+
 def test_a_replica_shifts_alone():
     run_ranks(4, shifted_replica, isolated=True)
+
+
+def test_new_groups_reduce_and_wait_as_their_base_does():
+    run_ranks(4, shifted_like_its_base, isolated=True)
 
 
 def split(mesh):
