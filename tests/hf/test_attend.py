@@ -15,7 +15,9 @@ from seqpar.hf.attend import Attend
 from seqpar.hf.attend import Path as Way
 from seqpar.hf.cache import store_of
 from seqpar.kv import StripedKV
+from seqpar.layers import Strided, TopMass
 from seqpar.partition import HeadMap, Interleave, Layout, Shift, ThreePhase
+from seqpar.plan import Curve, DecodeCosts, MethodCosts
 from tests.hf.test_forward import EXACT, cross_entropy
 from tests.hf.tiny import ARCHITECTURES, MIXTURES, exact_norms, left_padded, prompts, tiny_model
 from tests.kernels.own_errors import own_errors
@@ -135,6 +137,90 @@ def test_wire_formats() -> None:
         sent = run_mesh((1, 2), on_the_wire, pair)
     # Of prompts of 11, 1 and 7 tokens each rank has eight that the other one sees, in three layers of four KV heads.
     assert sent == [3 * 2 * 4 * 8 * (6 + 2)] * 2  # a byte for each of six numbers, and a scale
+
+
+def test_sparse_prompts_that_leave_nothing_out() -> None:
+    """Sliced by tokens, they are cached by all-to-alls in each layer, and chunks see each other's."""
+    every = hf.CSA(TopMass(1.0))
+    run_mesh((2, 2), same, "qwen3", {"prefill": every, "decode": "qship"})
+    run_mesh((1, 3), same, "llama", {"prefill": hf.CSA(Strided(((3, 1),))), "decode": "local"})
+    run_mesh((1, 2), same, "mistral", {"prefill": every, "decode": "qship", "overlap": Interleave(2, min_tokens=4)})
+
+
+def sparse(mesh: comm.DeviceMesh) -> list[int]:
+    """Fewer bytes change the logits, and gradients are refused."""
+    model, ids, sent, found = tiny_model("llama"), prompts(1, 96), [], []
+    for policy in (TopMass(1.0), TopMass(0.5), Strided(((2, 4),), sinks=0, recent=0)):
+        with hf.parallelize(model, mesh, prefill=hf.CSA(policy)):
+            with torch.no_grad(), comm.record() as counted:
+                found.append(model(ids, logits_to_keep=1, use_cache=False).logits)
+            sent.append(sum(c.num_bytes for label, c in counted.by_label().items() if "self_attn.core" in label))
+            with pytest.raises(ValueError, match='`prefill` must be "ring" or "ulysses" where gradients are wanted'):
+                model(ids)
+    assert not torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
+    return sent
+
+
+def test_policies_send_less() -> None:
+    first, last = run_mesh((1, 2), sparse)
+    assert last[0] == 0 and first[1] < first[0] and first[2] * 3 < first[0]  # the last slice is seen by none
+
+
+COSTS = DecodeCosts(  # ships from 14 cached tokens of one request on, from 7 of two
+    MethodCosts(Curve((1,), (1e-5,)), Curve((0, 100), (0.0, 1e-3))),
+    MethodCosts(Curve((1,), (1e-5 + 6.7e-5,)), Curve((0, 100), (0.0, 5e-4))),
+)
+
+
+def chooses(mesh: comm.DeviceMesh, prefill: Any) -> list[tuple[str, int]]:
+    """Where the cache of one request of ten tokens and more lies after each step, and the moves by then."""
+    model, ids, where, moves = tiny_model("llama"), prompts(1, 18), [], 0
+    expected = exact_norms(tiny_model("llama"))(ids).logits
+    with hf.parallelize(model, mesh, prefill=prefill, decode=hf.AutoDecode(costs=COSTS)) as parallel, torch.no_grad():
+        assert parallel.explain_decode() == "undecided: no decode has run so far"
+        cache, found = hf.ParallelCache(), []
+        for first, last in ((0, 10), (10, 11), (11, 15), (15, 16), (16, 17), (17, 18)):
+            with comm.record() as sent:
+                found.append(model(ids[:, first:last], past_key_values=cache).logits)
+            moves += "model.move" in sent.by_label()
+            where.append((store_of(cache, 3).home, moves))
+        torch.testing.assert_close(torch.cat(found, 1), expected, **EXACT)
+        assert "crossover at 14 tokens" in parallel.explain_decode()
+        assert parallel.kv_token_bytes == 2 * 3 * 8 * 8  # of the one KV head here, or of half of both
+        cache.reset()
+        model(ids, past_key_values=cache)
+        assert store_of(cache, 3).home == ("tokens" if prefill == "ring" else "heads")
+    return where
+
+
+def test_auto_moves_a_cache_when_the_rule_says_so_and_never_back() -> None:
+    assert run_mesh((1, 2), chooses, "ulysses")[0] == [("heads", 0)] * 3 + [("tokens", 1)] * 3
+    assert run_mesh((1, 2), chooses, "ring")[0] == [("tokens", 0)] + [("heads", 1)] * 5
+
+
+def measures(mesh: comm.DeviceMesh) -> None:
+    """Once, at the first decode, and not in what the caller counts."""
+    model, ids = tiny_model("mistral"), prompts(2, 9)
+    expected = tiny_model("mistral").generate(ids, max_new_tokens=4, do_sample=False)
+    auto = hf.AutoDecode(contexts=(16, 32))
+    with hf.parallelize(model, mesh, decode=auto, shift=4) as parallel:
+        with torch.no_grad():
+            model(ids, past_key_values=(cache := hf.ParallelCache()))
+            assert auto.costs is None
+            with comm.record() as sent:
+                model(ids[:, :1], past_key_values=cache)
+        assert auto.costs is not None and auto.costs.window == 5 and "calibrate" not in sent.by_label()
+        costs = auto.costs
+        assert torch.equal(model.generate(ids, max_new_tokens=4, do_sample=False), expected)
+        assert auto.costs is costs and "measured on 2 rank(s)" in parallel.explain_decode()
+
+
+def test_auto_measures_at_the_first_decode() -> None:
+    run_mesh((1, 2), measures)
+    with own_errors(), pytest.raises(ValueError, match="`contexts` must be at least 1 and increasing"):
+        hf.AutoDecode(contexts=(9, 3))
+    with own_errors(), pytest.raises(TypeError, match=r"`policy` must be a Policy such as layers\.TopMass, got 3"):
+        hf.CSA(3)  # type: ignore[arg-type]
 
 
 OTHERS: dict[str, dict[str, Any]] = {
@@ -264,8 +350,9 @@ def refusals(mesh: comm.DeviceMesh) -> None:
     model = tiny_model("llama")
     ring = {"prefill": "ring"}
     cases: list[tuple[dict[str, Any], type[Exception], str]] = [
-        ({"prefill": "rings"}, TypeError, '`prefill` must be "ulysses" or "ring", got \'rings\''),
-        ({"decode": None}, TypeError, '`decode` must be "local" or "qship", got None'),
+        ({"prefill": "rings"}, TypeError, '`prefill` must be "ulysses", "ring" or a CSA, got \'rings\''),
+        ({"decode": None}, TypeError, '`decode` must be "local", "qship", "auto" or an AutoDecode, got None'),
+        ({"prefill": hf.CSA(TopMass()), "wire": "int8"}, ValueError, "`wire` must be None with prefill=CSA(policy="),
         ({**ring, "pipeline": ThreePhase(2, 2)}, ValueError, "`pipeline` must be None with prefill='ring'"),
         ({**ring, "overlap": "auto"}, ValueError, "`overlap` must be \"off\" or an Interleave with prefill='ring'"),
     ]

@@ -16,25 +16,49 @@ prompts and decodes, and the rule depends on lengths alone, which all ranks know
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from torch import nn
 
-from seqpar.comm import Groups
+from seqpar.comm import Groups, Wire
 from seqpar.hf.auto import AutoOverlap
-from seqpar.layers import ParallelAttention, PlacedCore, QShipDecodeAttention, RingAttention
+from seqpar.hf.decode import AutoDecode
+from seqpar.layers import CSAAttention, ParallelAttention, PlacedCore, Policy, QShipDecodeAttention, RingAttention
 from seqpar.partition import HeadMap, Placement, Striping, ThreePhase
 from seqpar.plan import RingCase
 
-__all__ = ["Attend", "Path", "Prefill", "add_cores", "check_methods"]
+__all__ = ["CSA", "Attend", "Decode", "Home", "Path", "Prefill", "add_cores", "check_methods"]
 
-Prefill = Literal["ulysses", "ring"]
-Decode = Literal["local", "qship"]
+
+@dataclass(frozen=True)
+class CSA:
+    """Prompts by communication-efficient sparse attention: `prefill=CSA(policy)`.
+
+    Results are the model's own only as far as the policy says (`seqpar.layers.csa`).
+
+    Args:
+        policy: what travels.
+
+    Raises:
+        TypeError: it is no policy.
+    """
+
+    policy: Policy
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.policy, Policy):
+            raise TypeError(f"`policy` must be a Policy such as layers.TopMass, got {self.policy!r}")
+
+
+Prefill = Literal["ulysses", "ring"] | CSA
+Decode = Literal["local", "qship", "auto"] | AutoDecode
 Home = Literal["heads", "tokens"]
 
-QSHIP, RING, RING_Q = "qship", "ring", "ring-q"
-_PLACEMENT: Placement = "striped"  # as the cache is, so that a ring leaves nothing to be moved
+QSHIP, RING, RING_Q, SPARSE = "qship", "ring", "ring-q", "csa"
+_RING: Placement = "striped"  # as the cache is, so that a ring leaves nothing to be moved
+_SPARSE: Placement = "contiguous"
 
 
 class Path(NamedTuple):
@@ -59,12 +83,16 @@ class Attend:
         decode: of decodes.
         heads: who owns which heads.
         head_dim: D.
+
+    Attributes:
+        auto: what decides where decodes are computed; None where that is given.
     """
 
     def __init__(
         self, prefill: Prefill = "ulysses", decode: Decode = "local", *, heads: HeadMap, head_dim: int
     ) -> None:
         self.prefill, self.decode, self.heads, self.head_dim = prefill, decode, heads, head_dim
+        self.auto = AutoDecode() if decode == "auto" else decode if isinstance(decode, AutoDecode) else None
         self.striping = Striping(heads.sp)
 
     @property
@@ -77,7 +105,15 @@ class Attend:
         """Whether a cache may come to lie by tokens."""
         return self.home == "tokens" or self.decode != "local"
 
-    def path_of(self, q_lens: Sequence[int], cached: Sequence[int], home: Home, *, itemsize: int) -> Path:
+    def path_of(
+        self,
+        q_lens: Sequence[int],
+        cached: Sequence[int],
+        home: Home,
+        *,
+        itemsize: int,
+        measure: Callable[[], None] | None = None,
+    ) -> Path:
         """How a step attends.
 
         Args:
@@ -85,6 +121,7 @@ class Attend:
             cached: tokens of each that are cached; none at all for a first prompt.
             home: where the cache lies, if there is something in it.
             itemsize: bytes of an element.
+            measure: called before the first decision of `auto`.
         """
         if not any(cached):
             return self._prompt(q_lens, cached, itemsize)
@@ -93,11 +130,16 @@ class Attend:
                 return Path(None, "heads")
             return Path(QSHIP, "tokens") if self.prefill == "ulysses" else self._prompt(q_lens, cached, itemsize)
         if home == self.home:
-            home = "heads" if self.decode == "local" else "tokens"
+            if measure is not None:
+                measure()
+            ships = self.decode == "qship" if self.auto is None else self.auto.ships(cached)
+            home = "tokens" if ships else "heads"
         return Path(None if home == "heads" else QSHIP, home)
 
     def explain(self) -> str:
         """Where decodes are computed, and why."""
+        if self.auto is not None:
+            return self.auto.explain()
         if self.decode == "local":
             moved = "; the cache is moved before the first one" if self.home == "tokens" else ""
             return f"as given: every rank decodes with its own heads{moved}"
@@ -107,7 +149,9 @@ class Attend:
     def _prompt(self, q_lens: Sequence[int], cached: Sequence[int], itemsize: int) -> Path:
         if self.prefill == "ulysses":
             return Path(None, "heads")
-        return Path(RING_Q if self._sends_queries(sum(q_lens), sum(cached), itemsize) else RING, "tokens", _PLACEMENT)
+        if isinstance(self.prefill, CSA):
+            return Path(SPARSE, "tokens", _SPARSE)
+        return Path(RING_Q if self._sends_queries(sum(q_lens), sum(cached), itemsize) else RING, "tokens", _RING)
 
     def _sends_queries(self, new: int, cached: int, itemsize: int) -> bool:
         """Whether queries and their answers are fewer bytes than keys and values: few new tokens after many."""
@@ -118,19 +162,21 @@ class Attend:
         return case.q_bytes + case.answer_bytes < case.kv_bytes
 
 
-def check_methods(prefill: Any, decode: Any, *, pipeline: ThreePhase | None, overlap: Any) -> None:
+def check_methods(prefill: Any, decode: Any, *, pipeline: ThreePhase | None, wire: Wire | None, overlap: Any) -> None:
     """Refuse options that are none, and those that do not go together.
 
     Raises:
         TypeError: a prefill or a decode that is none.
-        ValueError: a pipeline or an automatic overlap beside a prefill that has none.
+        ValueError: a pipeline, a wire format or an automatic overlap beside a prefill that has none.
     """
-    if not (isinstance(prefill, str) and prefill in ("ulysses", "ring")):
-        raise TypeError(f'`prefill` must be "ulysses" or "ring", got {prefill!r}')
-    if not (isinstance(decode, str) and decode in ("local", "qship")):
-        raise TypeError(f'`decode` must be "local" or "qship", got {decode!r}')
+    if not isinstance(prefill, CSA) and prefill not in ("ulysses", "ring"):
+        raise TypeError(f'`prefill` must be "ulysses", "ring" or a CSA, got {prefill!r}')
+    if not isinstance(decode, AutoDecode) and decode not in ("local", "qship", "auto"):
+        raise TypeError(f'`decode` must be "local", "qship", "auto" or an AutoDecode, got {decode!r}')
     if prefill == "ulysses":
         return
+    if wire is not None and prefill != "ring":
+        raise ValueError(f"`wire` must be None with prefill={prefill!r}, whose policy says what it sends, got {wire!r}")
     if pipeline is not None:
         raise ValueError(
             f"`pipeline` must be None with prefill={prefill!r}, which has no all-to-alls to cut, got {pipeline}"
@@ -152,6 +198,8 @@ def add_cores(layers: Sequence[nn.Module], attend: Attend, *, groups: Groups) ->
         if attend.prefill == "ring":
             attention.add_core(RING, _ring(attention, attend.heads, groups, "kv"))
             attention.add_core(RING_Q, _ring(attention, attend.heads, groups, "q"))
+        if isinstance(attend.prefill, CSA):
+            attention.add_core(SPARSE, _sparse(attention, attend.heads, groups, attend.prefill.policy))
 
 
 def _qship(attention: ParallelAttention, heads: HeadMap, groups: Groups) -> QShipDecodeAttention:
@@ -180,9 +228,24 @@ def _ring(attention: ParallelAttention, heads: HeadMap, groups: Groups, method: 
         tp_rank=groups.tp.rank(),
         sinks=core.sinks,
         method=method,
-        placement=_PLACEMENT,
+        placement=_RING,
         window=core.window,
         softmax_scale=core.softmax_scale,
         wire=core.wire,
     )
     return PlacedCore(ring, beside=core)
+
+
+def _sparse(attention: ParallelAttention, heads: HeadMap, groups: Groups, policy: Policy) -> PlacedCore:
+    core = attention.core
+    sparse = CSAAttention(
+        heads,
+        core.head_dim,
+        group=groups.sp,
+        policy=policy,
+        tp_rank=groups.tp.rank(),
+        placement=_SPARSE,
+        window=core.window,
+        softmax_scale=core.softmax_scale,
+    )
+    return PlacedCore(sparse, beside=core)

@@ -22,7 +22,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from seqpar import comm
 from seqpar.comm import Groups, Steps
-from seqpar.hf.attend import Attend, Home, Path
+from seqpar.hf.attend import CSA, Attend, Home, Path
 from seqpar.hf.auto import AutoOverlap, called_whole
 from seqpar.hf.cache import CacheSpec, CacheStore, ParallelCache, store_of
 from seqpar.hf.padding import Padding, check_windows
@@ -437,6 +437,11 @@ class ParallelBackbone(nn.Module):
                 f"`past_key_values` must be empty where gradients are wanted, got {seen} cached columns; "
                 "use torch.no_grad()"
             )
+        if gradients and isinstance(self.attend.prefill, CSA):
+            raise ValueError(
+                f'`prefill` must be "ring" or "ulysses" where gradients are wanted, got {self.attend.prefill}; '
+                "use torch.no_grad()"
+            )
         padding = Padding.plan(shape, attention_mask, seen, history)
         if padding.mask is not None or history is not None:
             check_windows(self.windows, attention_mask.cpu().bool())
@@ -468,8 +473,23 @@ class ParallelBackbone(nn.Module):
             store.check_stripes(self.attend.striping)
         cached = (0,) * len(padding.q_lens) if store is None or not store.lengths else store.lengths
         home: Home = "heads" if store is None else store.home
-        itemsize = next(self.parameters()).dtype.itemsize
-        return self.attend.path_of(padding.q_lens, cached, home, itemsize=itemsize)
+        weight, auto = next(self.parameters()), self.attend.auto
+
+        def measure() -> None:
+            assert auto is not None, "called where it is"
+            auto.measure(
+                self.heads,
+                self.head_dim,
+                groups=self.groups,
+                under=self.layouts[self._layout(padding)],
+                window=None if None in self.windows else max(window or 0 for window in self.windows),
+                dtype=weight.dtype,
+                device=weight.device,
+            )
+
+        return self.attend.path_of(
+            padding.q_lens, cached, home, itemsize=weight.dtype.itemsize, measure=None if auto is None else measure
+        )
 
     def _move(self, source: PagedKV, target: PagedKV, requests: Sequence[Hashable]) -> None:
         """Bring what is cached to where decodes read it.

@@ -20,7 +20,7 @@ from transformers import __version__ as transformers_version
 from seqpar import comm
 from seqpar.comm import DeviceMesh, Groups, Wire
 from seqpar.hf.agreed import agreed, check_same
-from seqpar.hf.attend import Attend, Decode, Prefill, add_cores, check_methods
+from seqpar.hf.attend import Attend, Decode, Home, Prefill, add_cores, check_methods
 from seqpar.hf.auto import AutoOverlap
 from seqpar.hf.backbone import KEEP, LMHead, ParallelBackbone
 from seqpar.hf.generation import parallel_generate
@@ -199,10 +199,14 @@ class Parallelized:
 
     @property
     def kv_token_bytes(self) -> int:
-        """Bytes that this rank caches for one token, in all layers, where decodes read it; on average, if dealt out."""
-        stack = self.model.model
-        size: int = stack.cache_spec("heads" if stack.attend.decode == "local" else "tokens").token_bytes
-        return size
+        """Bytes that this rank caches for one token, in all layers, where decodes read it.
+
+        Of tokens that are dealt out the average; where either may come, the larger number.
+        """
+        stack: ParallelBackbone = self.model.model
+        homes: dict[Any, tuple[Home, ...]] = {"local": ("heads",), "qship": ("tokens",)}
+        places = ("heads", "tokens") if stack.attend.auto is not None else homes[stack.attend.decode]
+        return max(stack.cache_spec(home).token_bytes for home in places)
 
     def __enter__(self) -> Parallelized:
         self._kept = self.model
@@ -258,12 +262,14 @@ def parallelize(
             the mesh reaches at the first step (`AutoShift`); `explain_shift` says what it chose and why. Steps with
             gradients run under the layout of `mesh`.
         prefill: what computes prompts: "ulysses", or "ring" (`seqpar.layers.RingAttention`, with gradients too), under
-            which tokens stay on their ranks. Its steps run under the layout of `mesh` and compute all rows of the last
-            layer.
+            which tokens stay on their ranks, or a `CSA`, whose policy sends a part of the keys. Steps of both run under
+            the layout of `mesh` and compute all rows of the last layer.
         decode: where decodes are computed: "local", each rank with its own heads, or "qship", by shipping queries to a
-            cache that is dealt out by tokens (`seqpar.layers.QShipDecodeAttention`). Any pair goes together, with the
-            same results up to rounding. A cache is moved from where the prefill left it to where decodes read it before
-            the first decode, once; prompts that follow are computed where it lies then.
+            cache that is dealt out by tokens (`seqpar.layers.QShipDecodeAttention`); "auto" or an `AutoDecode` ships
+            where that is faster by times measured at the first decode, and `explain_decode` says why. Any pair goes
+            together, with the same results up to rounding and what a policy leaves out. A cache is moved from where the
+            prefill left it to where decodes read it before a decode, once; prompts that follow are computed where it
+            lies then.
 
     Comm:  agreement on the model and on samples of its weights.
 
@@ -321,7 +327,7 @@ def build(
         raise TypeError(f"`pipeline` must be a ThreePhase or None, got {pipeline!r}")
     if experts not in ("tp", "ep"):
         raise ValueError(f'`experts` must be "tp" or "ep", got {experts!r}')
-    check_methods(prefill, decode, pipeline=pipeline, overlap=overlap)
+    check_methods(prefill, decode, pipeline=pipeline, wire=wire, overlap=overlap)
     rule = _shift(shift, groups.layout)
     chosen = AutoOverlap() if overlap == "auto" else None if overlap == "off" else overlap
     config, stack = model.config, model.model
