@@ -17,6 +17,7 @@ A tensor-parallel quarter of a Llama-8B layer with random weights gives bytes fo
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Sequence
 from itertools import groupby
@@ -108,7 +109,7 @@ def methods(quick: bool) -> list[Method]:
     from seqpar.layers.csa import Strided
 
     found = [Method("dense", "dense", None)]
-    for r in (4,) if quick else (2, 4, 8):
+    for r in (4,) if quick else (2, 8):
         found.append(Method(f"Strided, as released, 1/{r}", "as released", Strided(((1, 1), (4, r)), faithful=True)))
     for r in (4,) if quick else (2, 4, 8):
         found.append(Method(f"Strided, 1/{r}", "Strided", Strided(((4, r),))))
@@ -605,17 +606,63 @@ def rounded(entry: Any) -> Any:
     return entry
 
 
+def storable(found: Found) -> dict[str, list[dict[str, Any]]]:
+    """What `stored` reads."""
+    return {
+        name: [{key: rounded(value) for key, value in entry._asdict().items()} for entry in part]
+        for name, part in found._asdict().items()
+    }
+
+
+def stored(path: Path) -> Found:
+    """What a run wrote with `--json`."""
+    about = json.loads(path.read_text())["meta"]
+    kinds = {"cases": Case, "sharpness": Sharpness, "readings": Reading, "shapes": Case}
+    return Found(*([_restored(kind, entry) for entry in about[name]] for name, kind in kinds.items()))
+
+
+def _restored(kind: type[Any], entry: dict[str, Any]) -> Any:
+    values = {key: math.nan if value is None and key != "certificate" else value for key, value in entry.items()}
+    if kind is Reading:
+        values["retrieval"] = {int(d): tuple(pair) for d, pair in values["retrieval"].items()}
+        values["decode"] = tuple(values["decode"])
+    return kind(**values)
+
+
+def joined(runs: Sequence[Found], chosen: Sequence[Method]) -> Found:
+    """One after another, the last one's where two have the same; by length, text, layer, head and chosen method."""
+    order = {method.name: at for at, method in enumerate(chosen)}
+
+    def place(entry: Any) -> tuple[int, ...]:
+        where = tuple(getattr(entry, name, 0) for name in ("length", "text", "layer", "head"))
+        return *where, order[getattr(entry, "method", chosen[0].name)]
+
+    parts = []
+    for part in zip(*runs, strict=True):
+        known = [entry for run in part for entry in run if getattr(entry, "method", chosen[0].name) in order]
+        entries = {place(entry): entry for entry in known}
+        parts.append([entries[at] for at in sorted(entries)])
+    return Found(*parts)
+
+
 def main() -> None:
     arguments = parser(__doc__ or "")
-    arguments.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="tokens of a text")
+    arguments.add_argument(
+        "--lengths", type=int, nargs="*", default=LENGTHS, help="tokens of a text; none to report alone"
+    )
     arguments.add_argument("--tokens", type=int, default=TOKENS, help="read at each length (default: %(default)s)")
     arguments.add_argument("--only", nargs="+", default=(), metavar="FAMILY", help="policies beside the dense exchange")
+    arguments.add_argument("--add", type=Path, nargs="+", default=(), metavar="JSON", help="what other runs wrote")
     args = arguments.parse_args()
-    chosen = [m for m in methods(args.quick) if m.policy is None or not args.only or m.family in args.only]
+    everything = methods(args.quick)
+    chosen = [m for m in everything if m.policy is None or not args.only or m.family in args.only]
     lengths, tokens = ((512,), 512) if args.quick else (tuple(args.lengths), args.tokens)
     texts = {length: draw(length, max(1, tokens // length)) for length in lengths}
     shape_tokens = 256 if args.quick else SHAPE_TOKENS
-    found = launch(RANKS, measure, chosen, texts, 1 if args.quick else HEAD_TEXTS, shape_tokens)
+    runs = [stored(path) for path in args.add]
+    if lengths:
+        runs.append(launch(RANKS, measure, chosen, texts, 1 if args.quick else HEAD_TEXTS, shape_tokens))
+    found, chosen = joined(runs, everything), everything
     summaries = summaries_of(found)
     rows = rows_of(summaries, chosen)
     tables = tables_of(found, summaries, rows)
@@ -625,12 +672,9 @@ def main() -> None:
         quick=args.quick,
         ranks=RANKS,
         model="examples/tiny-llama; q, k, v in bfloat16, all else in float32",
-        texts={length: len(those) for length, those in texts.items()},
+        tokens_read=tokens,
         head_texts=HEAD_TEXTS,
-        **{
-            name: [{k: rounded(v) for k, v in e._asdict().items()} for e in part]
-            for name, part in found._asdict().items()
-        },
+        **storable(found),
     )
     plot, args.plot = args.plot, None
     report(args, about, rows, "sparse attention on the bundled model, 4 gloo ranks: bytes and errors", tables)

@@ -304,6 +304,25 @@ def test_targets_of_sparse_attention(csa) -> None:
     assert (mass.value, mass.ok) == (pytest.approx(1.5), False)
 
 
+def test_measurements_are_stored_and_joined(csa, tmp_path: Path) -> None:
+    """A run of another method joins in the order of the methods; what was measured again replaces what was."""
+    chosen = [csa.Method(name, name, None) for name in ("dense", "a", "b")]
+
+    def run(*names: str, error: float = 0.5) -> object:
+        cases = [csa.Case(8, 0, 1, 0, name, 0.5, error, 0.1, 0.1, math.nan, None, 0, 1) for name in names]
+        readings = [csa.Reading(8, name, 0.5, 0.1, 2.0, 1.0, {32: (3, 4)}, (1, 2)) for name in names]
+        return csa.Found(cases, [csa.Sharpness(8, 0, 1, 0, 3.0, 0.5, 0.9, 7.0)], readings, cases)
+
+    file = tmp_path / "run.json"
+    file.write_text(json.dumps({"meta": csa.storable(run("dense", "b", "forgotten"))}))
+    back = csa.stored(file)
+    assert math.isnan(back.cases[0].relative) and back.cases[0].certificate is None
+    assert back.readings == run("dense", "b", "forgotten").readings
+    found = csa.joined([back, run("a", "b", error=0.25)], chosen)
+    assert [(case.method, case.worst) for case in found.cases] == [("dense", 0.5), ("a", 0.25), ("b", 0.25)]
+    assert [entry.method for entry in found.readings] == ["dense", "a", "b"] and len(found.sharpness) == 1
+
+
 def sparse(script: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, script, "--quick"], capture_output=True, text=True, timeout=300)
 
