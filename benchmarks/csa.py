@@ -330,8 +330,14 @@ def look_at_shapes(tokens: int, chosen: Sequence[Method], step: Callable[[str], 
 
 
 @torch.inference_mode()
-def measure(chosen: Sequence[Method], texts: dict[int, list[Text]], head_texts: int, shape_tokens: int) -> Found:
-    """Everything, on every rank."""
+def measure(
+    chosen: Sequence[Method],
+    texts: dict[int, list[Text]],
+    head_texts: int,
+    shape_tokens: int,
+    part: Path | None = None,
+) -> Found:
+    """Everything, on every rank; `part` holds what there is after each length."""
     reader, done = Reader(), 0
     total = len(chosen) * (1 + sum(map(len, texts.values()))) + sum(min(len(t), head_texts) for t in texts.values())
     found = Found([], [], [], [])
@@ -361,6 +367,8 @@ def measure(chosen: Sequence[Method], texts: dict[int, list[Text]], head_texts: 
         found.readings.extend(
             reading_of(torch.stack(numbers).sum(0), method, those, reader) for method, numbers in sums.items()
         )
+        if part and not dist.get_rank():
+            store(part, storable(found))
     found.shapes.extend(look_at_shapes(shape_tokens, chosen, step))
     progress(total, total, "done")
     return found
@@ -483,7 +491,8 @@ def tables_of(found: Found, summaries: Sequence[Summary], rows: Sequence[Row]) -
     for _, readings in groupby(found.readings, lambda reading: reading.length):
         parts += [*_retrieval_table(list(readings)), ""]
     parts += ["### Layers and KV heads", "", *_heads_table(found), ""]
-    parts += ["### A quarter of a Llama-8B layer, random weights", "", *_shapes_table(found.shapes)]
+    if found.shapes:
+        parts += ["### A quarter of a Llama-8B layer, random weights", "", *_shapes_table(found.shapes)]
     return "\n".join(parts)
 
 
@@ -598,8 +607,8 @@ def _panels(entries: Sequence[Summary], dense: Reading) -> list[tuple[list[float
     readings = [entry.reading for entry in entries if entry.reading is not None]
     return [
         ([entry.worst for entry in entries], "error ÷ max |v|, worst query of any head", "log"),
-        ([max(1000 * reading.kl, 1e-4) for reading in readings], "KL to dense, mnats per token", "log"),
-        ([100 * math.expm1(reading.loss - dense.loss) for reading in readings], "perplexity, change in %", "symlog"),
+        ([max(1000 * reading.kl, 1e-2) for reading in readings], "KL to dense, mnats per token", "log"),
+        ([100 * math.expm1(reading.loss - dense.loss) for reading in readings], "perplexity, change in %", "linear"),
         ([accuracy(reading) for reading in readings], "retrieval, % (mean over distances)", "linear"),
     ]
 
@@ -617,6 +626,10 @@ def storable(found: Found) -> dict[str, list[dict[str, Any]]]:
         name: [{key: rounded(value) for key, value in entry._asdict().items()} for entry in part]
         for name, part in found._asdict().items()
     }
+
+
+def store(path: Path, about: dict[str, Any]) -> None:
+    path.write_text(json.dumps({"meta": about}))
 
 
 def stored(path: Path) -> Found:
@@ -658,6 +671,7 @@ def main() -> None:
     arguments.add_argument("--tokens", type=int, help="read at each length")
     arguments.add_argument("--only", nargs="+", default=(), metavar="FAMILY", help="policies beside the dense exchange")
     arguments.add_argument("--add", type=Path, nargs="+", default=(), metavar="JSON", help="what other runs wrote")
+    arguments.epilog = "a run that is stopped leaves FILE.part.json, for --add"
     args = arguments.parse_args()
     everything = methods(args.quick)
     chosen = [m for m in everything if m.policy is None or not args.only or m.family in args.only]
@@ -666,7 +680,8 @@ def main() -> None:
     shape_tokens = 256 if args.quick else SHAPE_TOKENS
     runs = [stored(path) for path in args.add]
     if lengths:
-        runs.append(launch(RANKS, measure, chosen, texts, 1 if args.quick else HEAD_TEXTS, shape_tokens))
+        part = args.json and args.json.with_suffix(".part.json")
+        runs.append(launch(RANKS, measure, chosen, texts, HEAD_TEXTS, shape_tokens, part))
     found, chosen = joined(runs, everything), everything
     summaries = summaries_of(found)
     rows = rows_of(summaries, chosen)

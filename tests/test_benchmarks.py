@@ -314,7 +314,7 @@ def test_measurements_are_stored_and_joined(csa, tmp_path: Path) -> None:
         return csa.Found(cases, [csa.Sharpness(8, 0, 1, 0, 3.0, 0.5, 0.9, 7.0)], readings, cases)
 
     file = tmp_path / "run.json"
-    file.write_text(json.dumps({"meta": csa.storable(run("dense", "b", "forgotten"))}))
+    csa.store(file, csa.storable(run("dense", "b", "forgotten")))
     back = csa.stored(file)
     assert math.isnan(back.cases[0].relative) and back.cases[0].certificate is None
     assert back.readings == run("dense", "b", "forgotten").readings
