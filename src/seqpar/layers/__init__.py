@@ -12,7 +12,7 @@ from seqpar.layers.base import (
     name_modules,
     sync_gradients,
 )
-from seqpar.layers.csa import CSAAttention, CSAResult, Policy, Strided, TopMass
+from seqpar.layers.csa import Certified, CSAAttention, CSAResult, Policy, Strided, TopMass
 from seqpar.layers.decoder import ParallelAttention, ParallelDecoderLayer
 from seqpar.layers.embedding import ParallelLMHead, VocabParallelEmbedding, gather_rows, gather_rows_steps
 from seqpar.layers.heads import HeadParameter
@@ -46,6 +46,7 @@ __all__ = [
     "CSAAttention",
     "CSAResult",
     "CachedKV",
+    "Certified",
     "ColumnParallelLinear",
     "ExpertPlacement",
     "GateUpParallelLinear",
