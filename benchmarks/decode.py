@@ -7,8 +7,8 @@ an all-gather and a reduce-scatter, `helix` has computed all heads' projections 
 
 Replay: compute segments in processor time of the computing thread (the slowest rank's in every slot, medians over
 repetitions), put into the schedule with the link's times, as if every rank had a core of its own. The rule is
-`plan.decode` on the first half of the repetitions, at four contexts of one request and a small one of eight; the
-crossover and regret are those of the other half, at all contexts. Bytes of every step are compared with
+`plan.decode` on one half of the repetitions, at every third context or so; the crossover and regret are those of the
+other half, at all contexts. Bytes of every step are compared with
 `plan.decode_volumes`, which knows no context. Beside it the wall clock of 2 ranks, a core each, that sleep for the
 link, with costs by `plan.calibrate_decode`.
 """
@@ -39,7 +39,7 @@ SHORT, SHORTEST, LONGEST = 16, 256, 65536
 MOST = 2 * LONGEST  # tokens of all requests
 CONTEXTS = tuple(round(SHORTEST * 2 ** (i / 2)) for i in range(17))
 QUICK_CONTEXTS = tuple(SHORTEST * 4**i for i in range(5))
-KNOWN = (256, 2048, 16384, 65536)  # contexts of one request that the rule was told of
+KNOWN = (256, 1024, 4096, 16384, 32768, 65536)  # contexts that the rule was told of
 QUICK_KNOWN = (256, 4096, 65536)
 BATCHES = (1, 8)
 LINKS = {
@@ -313,11 +313,15 @@ def judge(case: Case, name: str, measured: Measured, known: Sequence[int], link:
     def costs(form: str, launches: int) -> plan.MethodCosts:
         sent = {batch: max(volumes(heads, form, batch)) for batch in BATCHES}
         step = [seen(form, b, SHORT) + launches * link.alpha_s + sent[b] / link.bytes_per_s for b in BATCHES]
-        context = [*accumulate((seen(form, 1, n) - seen(form, 1, SHORT) for n in (SHORT, *known)), max)]
-        reads = plan.Curve((0, *known), tuple(context))
-        far = 4 * known[-1]  # straight on, so that a crossover just beyond what was measured is a number
-        reads = plan.Curve((*reads.tokens, far), (*reads.seconds, max(context[-1], reads(far))))
-        return plan.MethodCosts(plan.Curve(BATCHES, tuple(step)), reads)
+        return plan.MethodCosts(plan.Curve(BATCHES, tuple(step)), {batch: added(form, batch) for batch in BATCHES})
+
+    def added(form: str, batch: int) -> plan.Curve:
+        sizes = (0, *(n for n in known if n * batch <= MOST))
+        bare = seen(form, batch, SHORT)
+        times = [*accumulate((seen(form, batch, n) - bare if n else 0.0 for n in sizes), max)]
+        reads = plan.Curve(tuple(n * batch for n in sizes), tuple(times))
+        far = 4 * sizes[-1] * batch  # straight on, so that a crossover just beyond what was measured is a number
+        return plan.Curve((*reads.tokens, far), (*reads.seconds, max(times[-1], reads(far))))
 
     rule = plan.DecodeCosts(costs("local", 0), costs("qship", 2), source=f"{case}, {name}, measured")
     return Verdict(case, name, judged, rule)

@@ -71,7 +71,7 @@ def test_by_heads_there_is_something_to_save_only_where_kv_heads_are_replicated(
     link = LinkCosts(5e-6, 50e9)
     for ranks, shared in ((2, 1), (8, 1), (16, 2)):
         costs = decode_costs(HeadMap(**LLAMA_8B, sp=ranks), 128, link=link, memory_bytes_per_s=H100)
-        reads = [costs.of(method).context(1 << 20) for method in ("local", "qship")]
+        reads = [costs.of(method).context[1](1 << 20) for method in ("local", "qship")]
         assert reads[0] == pytest.approx(shared * reads[1])
         assert (costs.crossover() is None) == (shared == 1)
 
@@ -107,11 +107,11 @@ def test_the_crossover_is_the_first_context_from_which_on_shipping_is_faster(
     local: Any, qship: Any, fixed: int, more: int, batch: int, window: int | None
 ) -> None:
     costs = DecodeCosts(
-        MethodCosts(Curve.line(float(fixed), 0.0), Curve(*local)),
-        MethodCosts(Curve.line(float(more), 0.0), Curve(*qship)),
+        MethodCosts(Curve.line(float(fixed), 0.0), {1: Curve(*local), 3: Curve(*qship)}),
+        MethodCosts(Curve.line(float(more), 0.0), {1: Curve(*qship)}),
         window=window,
     )
-    most = max(*local[0], *qship[0])
+    most = max(local[0][-1], qship[0][-1])
     faster = [costs.saved_s(n, batch) > 0 for n in range(most + 1)]
     expected = next((n for n in range(most + 1) if all(faster[n:])), None)
     choice = decode(costs, most, batch)
@@ -119,6 +119,14 @@ def test_the_crossover_is_the_first_context_from_which_on_shipping_is_faster(
     border = most + 1 if expected is None else expected
     for n in {0, max(border - 1, 0), border, most, most + 9}:
         assert choice.method_of(n, batch) == ("qship" if expected is not None and n >= expected else "local")
+
+
+def test_between_two_numbers_of_requests_costs_go_straight() -> None:
+    costs = MethodCosts(Curve.line(0.0, 0.0), {5: Curve((0, 10), (0.0, 30.0)), 1: Curve((0, 10), (0.0, 10.0))})
+    assert [costs.seconds(n, 10) for n in (1, 2, 4, 5, 9)] == [10.0, 15.0, 25.0, 30.0, 30.0]
+    assert list(costs.context) == [1, 5]
+    both = DecodeCosts(costs, MethodCosts(Curve.line(1.0, 0.0), {1: Curve.line(0.0, 0.0)}))
+    assert DecodeCosts.from_json(both.to_json()) == both
 
 
 def test_a_choice_says_why_and_reads_what_it_wrote() -> None:
@@ -133,7 +141,7 @@ def test_a_choice_says_why_and_reads_what_it_wrote() -> None:
     assert re.search(r"131,072 +321 us +\d+ us +qship +\+\d", text)
     never = decode(decode_costs(HeadMap(8, 8, sp=2), 64, link=LinkCosts(0.0, 1e9), memory_bytes_per_s=1e12), 5)
     assert "crossover: none; shipping is slower, or no faster, at the longest context" in never.explain()
-    always = DecodeCosts(*(MethodCosts(Curve.line(s, 0.0), Curve.line(0.0, 1e-9)) for s in (2e-6, 1e-6)))
+    always = DecodeCosts(*(MethodCosts(Curve.line(s, 0.0), {1: Curve.line(0.0, 1e-9)}) for s in (2e-6, 1e-6)))
     assert "crossover: none; shipping is faster at every context" in decode(always, 5).explain()
     assert decode(always, 5).crossover_tokens == 0 and decode(always, 5).payback_steps() == inf
 
@@ -154,7 +162,9 @@ def test_refusals() -> None:
             decode(costs, 5, 0)
         for tokens, seconds in (((1, 2), (0.0, 1.0)), ((0, 2), (0.5, 1.0)), ((0, 1, 2), (0.0, 1.0, 0.5))):
             with pytest.raises(ValueError, match="`context` must start with 0 seconds for 0 tokens and never fall"):
-                MethodCosts(Curve.line(0.0, 0.0), Curve(tokens, seconds))
+                MethodCosts(Curve.line(0.0, 0.0), {1: Curve(tokens, seconds)})
+        with pytest.raises(ValueError, match=r"`context` must be for numbers of requests of at least 1, got \[\]"):
+            MethodCosts(Curve.line(0.0, 0.0), {})
         with pytest.raises(ValueError, match="`window` must be at least 1, got 0"):
             on_one_rank(LinkCosts(1e-6, 1e9), window=0)
         with pytest.raises(ValueError, match="rates must be positive, latencies >= 0 and `queries` at least 1"):
@@ -250,14 +260,14 @@ def measured(mesh: comm.DeviceMesh, stored: bool, whole: bool, launches: int) ->
     told: list[tuple[int, int]] = []
     heads = HeadMap(4, 1, *groups.layout)
     link = comm.SimulatedLink(ALPHA_S, 1e12)
-    sizes: dict[str, Any] = {"contexts": (40, 90), "batches": (1, 3), "rounds": 1}
+    sizes: dict[str, Any] = {"contexts": (40, 120), "batches": (1, 3), "rounds": 1}
     with link.on(groups.sp), comm.record() as counted:
         costs = calibrate_decode(
             heads, 8, groups=groups, under=under, whole=whole, progress=lambda *n: told.append(n), **sizes
         )
-    assert told == [(i, 10) for i in range(1, 11)]
-    # Each time a step of two layers either way; twice for each of the five cases the move of two layers.
-    assert counted.by_label()[""].calls == 10 * 2 * launches + 5 * 2 * 2
+    assert told == [(i, 12) for i in range(1, 13)]
+    # Each time a step of two layers either way; twice for each of the six cases the move of two layers.
+    assert counted.by_label()[""].calls == 12 * 2 * launches + 6 * 2 * 2
     refused: dict[str, tuple[str, dict[str, Any]]] = {
         "heads": (r"`heads` must be over the mesh of `groups` \(1, 2\), got \(2, 1\)", {"heads": HeadMap(4, 1, 2, 1)}),
         "contexts": (r"`contexts` must be at least 1 and increasing, got \[3, 3\]", {"contexts": (3, 3)}),
@@ -277,7 +287,8 @@ def test_decodes_are_measured_alike_on_all_ranks(stored: bool, whole: bool, laun
     first, second = run_mesh((1, 2), measured, stored, whole, sum(launches))
     assert first == second
     for costs, count in zip((first.local, first.qship), launches, strict=True):
-        assert costs.step.tokens == (1, 3) and costs.context.tokens == (0, 40, 90)
+        assert costs.step.tokens == (1, 3)
+        assert {n: curve.tokens for n, curve in costs.context.items()} == {1: (0, 40, 120), 3: (0, 120)}
         for batch in (1, 3):
             assert costs.step(batch) >= count * ALPHA_S
     assert first.move is not None and first.move(40) >= ALPHA_S

@@ -56,7 +56,7 @@ def calibrate_decode(
         head_dim: D.
         groups: of the mesh; its sp ranks hold the context between them.
         under: of the layout that decodes run under (`comm.layout_groups`); `groups` by default.
-        contexts: cached tokens of a single request to measure, increasing.
+        contexts: cached tokens to measure, increasing: of a single request, and shared by the most requests.
         batches: numbers of requests with little context to measure, increasing.
         rounds: measurements of each, after one that is not counted.
         window: keys that a token sees, itself included; None for all.
@@ -79,18 +79,22 @@ def calibrate_decode(
             raise ValueError(f"`{name}` must be at least 1 and increasing, got {list(sizes)}")
     if rounds < 1:
         raise ValueError(f"`rounds` must be at least 1, got {rounds}")
-    # One page for each request, as the fastest layout of a cache has it: a long one, or many short ones.
-    cases = [*((batch, _SHORT) for batch in batches), *((1, context) for context in (_SHORT, *contexts))]
+    many = batches[-1]
+    shared = [context // many for context in contexts if context // many >= 2 * _SHORT and many > 1]
+    cases = [(batch, _SHORT) for batch in batches]
+    cases += [*((many, each) for each in shared), *((1, context) for context in (_SHORT, *contexts))]
+    first = len(cases) - len(contexts) - 1  # of the single request's
     timed = torch.full((len(cases), 3, rounds), torch.inf)
     options: dict[str, Any] = {"window": window, "interleave": interleave, "dtype": dtype, "device": device}
-    sizes_of_caches = ((batches[-1], _SHORT + 1), (1, max(_SHORT, contexts[-1]) + 1))
+    # One page for each request, as the fastest layout of a cache has it.
+    sizes_of_caches = ((many, max(_SHORT, *shared, 0) + 1), (1, max(_SHORT, contexts[-1]) + 1))
     made = [
         _Bench(heads, head_dim, groups, under or groups, exchange, whole, *sizes, **options)
         for sizes in sizes_of_caches
     ]
     with torch.no_grad():
         for index, (batch, context) in enumerate(cases):
-            bench = made[index >= len(batches)]
+            bench = made[index >= first]
             for turn, seconds in enumerate(bench.rounds(batch, context, rounds + 1)):
                 if turn:
                     timed[index, :, turn - 1] = torch.tensor(seconds)
@@ -98,11 +102,14 @@ def calibrate_decode(
                     progress(index * (rounds + 1) + turn + 1, len(cases) * (rounds + 1))
     everyone = comm.all_gather(on_device(timed[None], groups.flat), group=groups.flat, label="calibrate").cpu()
     best = everyone.amax(dim=0).amin(dim=2).double().tolist()
-    short, long = best[: len(batches)], best[len(batches) :]
+    short, several, long = best[: len(batches)], best[len(batches) - 1 : first], best[first:]
     local, qship = (
         MethodCosts(
             Curve(tuple(batches), tuple(at[which] for at in short)),
-            Curve((0, *contexts), tuple(accumulate((at[which] - long[0][which] for at in long), max))),
+            {
+                1: _added(contexts, [at[which] for at in long]),
+                **({many: _added([many * each for each in shared], [at[which] for at in several])} if shared else {}),
+            },
         )
         for which in range(2)
     )
@@ -114,6 +121,11 @@ def calibrate_decode(
         window=window,
         source=f"measured on {where}, {contexts[0]} to {contexts[-1]} tokens of context",
     )
+
+
+def _added(tokens: Sequence[int], seconds: Sequence[float]) -> Curve:
+    """What so many tokens of context add to the first of the times, which has next to none."""
+    return Curve((0, *tokens), tuple(accumulate((each - seconds[0] for each in seconds), max)))
 
 
 class _Bench:

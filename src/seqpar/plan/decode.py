@@ -10,9 +10,11 @@ token's KV in a layer that one rank reads locally, and P tokens of context, ship
 and never where by heads, too, every rank reads an N-th: where the KV heads divide by the ranks. Moving the cache once
 is worth it only after some steps of such savings (`consolidation_steps`).
 
-Costs are two curves for each method: what a step takes without context, by requests, and what its context adds, by
-tokens over all requests. The rule is one number of tokens for a batch size. Choosing the faster of the two at each size
-lost: where they are close, noise would have a growing request change sides, and each change moves a cache.
+Costs are curves for each method: what a step takes without context, by requests, and what its context adds, by tokens
+over all requests. The latter is nearly the same however many they are, but what shipping saves is a difference of two
+such numbers, so it is measured for one request and for many. The rule is one number of tokens for a batch size.
+Choosing the faster of the two at each size lost: where they are close, noise would have a growing request change sides,
+and each change moves a cache.
 
 Source: the queries that travel are CSPS's, arXiv:2409.15104v1; the exchange in one hop as in Helix, arXiv:2507.07120.
 """
@@ -21,7 +23,8 @@ from __future__ import annotations
 
 import json
 from bisect import bisect_left
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from math import inf
 from os import PathLike
@@ -59,22 +62,34 @@ class MethodCosts:
 
     Args:
         step: by number of requests, what does not depend on their context.
-        context: by tokens of context over all requests, what those add: nothing for none, and never less for more.
+        context: for some numbers of requests, by tokens of context over all of them, what those add: nothing for none,
+            and never less for more. Between two numbers it goes straight, beyond them it is as at the nearest.
 
     Raises:
-        ValueError: a context that starts otherwise, or takes less as it grows.
+        ValueError: no context, or one that starts otherwise or takes less as it grows.
     """
 
     step: Curve
-    context: Curve
+    context: Mapping[int, Curve] = field(hash=False)
 
     def __post_init__(self) -> None:
-        tokens, seconds = self.context.tokens, self.context.seconds
-        if (tokens[0], seconds[0]) != (0, 0.0) or any(a > b for a, b in pairwise(seconds)):
-            raise ValueError(
-                "`context` must start with 0 seconds for 0 tokens and never fall, "
-                f"got {list(seconds)} for {list(tokens)}"
-            )
+        object.__setattr__(self, "context", dict(sorted(self.context.items())))
+        if not self.context or min(self.context) < 1:
+            raise ValueError(f"`context` must be for numbers of requests of at least 1, got {list(self.context)}")
+        for curve in self.context.values():
+            if (curve.tokens[0], curve.seconds[0]) != (0, 0.0) or any(a > b for a, b in pairwise(curve.seconds)):
+                raise ValueError(
+                    "`context` must start with 0 seconds for 0 tokens and never fall, "
+                    f"got {list(curve.seconds)} for {list(curve.tokens)}"
+                )
+
+    def seconds(self, batch: int, tokens: int) -> float:
+        """A step of `batch` requests over so many tokens of context between them."""
+        known = [*self.context]
+        after = bisect_left(known, batch)
+        low, high = known[max(after - 1, 0)], known[min(after, len(known) - 1)]
+        share = (batch - low) / (high - low) if low < batch < high else float(batch >= high)
+        return self.step(batch) + (1 - share) * self.context[low](tokens) + share * self.context[high](tokens)
 
 
 @dataclass(frozen=True)
@@ -108,8 +123,7 @@ class DecodeCosts:
 
     def seconds(self, method: Method, context_tokens: int, batch: int = 1) -> float:
         """One step of `batch` requests, each over that many cached tokens."""
-        costs = self.of(method)
-        return costs.step(batch) + costs.context(batch * self._seen(context_tokens))
+        return self.of(method).seconds(batch, batch * self._seen(context_tokens))
 
     def saved_s(self, context_tokens: int, batch: int = 1) -> float:
         """What a step takes less with queries that travel; negative where it takes more."""
@@ -130,19 +144,25 @@ class DecodeCosts:
         between = range(slower[-1], sizes[sizes.index(slower[-1]) + 1] + 1)
         return between[bisect_left(between, True, key=lambda size: self.saved_s(size, batch) > 0)]
 
+    @property
+    def longest(self) -> int:
+        """The longest context of a request that is known."""
+        curves = (item for method in _METHODS for item in self.of(method).context.items())
+        return max(curve.tokens[-1] // requests for requests, curve in curves)
+
     def _seen(self, context_tokens: int) -> int:
         return context_tokens if self.window is None else min(context_tokens, self.window - 1)
 
     def _sizes(self, batch: int) -> list[int]:
         """Contexts up to the last one that is known, with all at which a curve bends."""
-        points = {n for method in _METHODS for n in self.of(method).context.tokens}
-        most = self._seen(max(points))
+        points = {n for method in _METHODS for curve in self.of(method).context.values() for n in curve.tokens}
+        most = self._seen(self.longest)
         bends = (bend for n in points for bend in (n // batch, -(-n // batch)))
         return sorted({0, most, *(bend for bend in bends if bend < most)})
 
     def to_json(self) -> str:
         """The costs as text."""
-        return json.dumps(asdict(self), indent=1) + "\n"
+        return json.dumps(_plain(self), indent=1) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> DecodeCosts:
@@ -240,7 +260,8 @@ class DecodeChoice:
 
     def to_json(self) -> str:
         """The choice as text, with its costs."""
-        return json.dumps(asdict(self), indent=1) + "\n"
+        content = {"costs": _plain(self.costs), "context_tokens": self.context_tokens, "batch": self.batch}
+        return json.dumps(content, indent=1) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> DecodeChoice:
@@ -387,7 +408,7 @@ def decode_costs(
     by_heads = max(held.size for held in heads.kv_ranges) * head
     reads = {"local": shard if local == "one" else by_heads, "qship": shard / heads.sp}
     stays, qship = (
-        MethodCosts(step(method), Curve((0, _MOST), (0.0, _MOST * reads[method] / memory_bytes_per_s)))
+        MethodCosts(step(method), {1: Curve((0, _MOST), (0.0, _MOST * reads[method] / memory_bytes_per_s))})
         for method in _METHODS
     )
     sent = (heads.sp - 1) / heads.sp * shard if local == "one" else _dealt(heads) * head
@@ -471,12 +492,21 @@ def exchange_from(
     return sizes[found] if found < len(sizes) else None
 
 
+def _plain(costs: DecodeCosts) -> dict[str, Any]:
+    """What JSON can hold: its keys are no numbers."""
+    content = asdict(costs)
+    for name in _METHODS:
+        content[name]["context"] = [{"requests": n, **curve} for n, curve in content[name]["context"].items()]
+    return content
+
+
 def _costs(content: dict[str, Any]) -> DecodeCosts:
     def curve(points: dict[str, Any]) -> Curve:
         return Curve(tuple(points["tokens"]), tuple(points["seconds"]))
 
     local, qship = (
-        MethodCosts(curve(content[name]["step"]), curve(content[name]["context"])) for name in ("local", "qship")
+        MethodCosts(curve(content[name]["step"]), {each["requests"]: curve(each) for each in content[name]["context"]})
+        for name in _METHODS
     )
     move = content["move"]
     return DecodeCosts(local, qship, move and curve(move), content["window"], content["source"])
@@ -496,7 +526,7 @@ def _crossing(choice: DecodeChoice) -> str:
 def _table(choice: DecodeChoice) -> list[str]:
     """A line for the context asked for and each power of four that is known: both times, and the choice."""
     costs, batch = choice.costs, choice.batch
-    most = min(costs.local.context.tokens[-1], 1 << 20)
+    most = min(costs.longest, 1 << 20)
     rows = [("context", "local", "qship", "chosen", "other")]
     for n in sorted({choice.context_tokens, *(4**i for i in range(4, 11) if 4**i <= most)}):
         local, qship = (costs.seconds(name, n, batch) for name in _METHODS)
