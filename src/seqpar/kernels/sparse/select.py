@@ -10,6 +10,7 @@ checkpoint keys that are looked for then go unnoticed, or noise asks for three t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from heapq import heapify, heappop, heappush
 
 import torch
 import torch.nn.functional as F
@@ -102,11 +103,14 @@ def _decode_head(scale: UInt8[Tensor, " bytes"], codes: UInt8[Tensor, "n code"],
 
 def _share_out(deviations: Sequence[float], bits: int) -> list[int]:
     """Bits for each coordinate: each next one to where the error is largest, of which it leaves about a quarter."""
-    errors, found = [deviation**2 for deviation in deviations], [0] * len(deviations)
+    found = [0] * len(deviations)
+    errors = [(-(deviation**2), at) for at, deviation in enumerate(deviations)]
+    heapify(errors)
     for _ in range(min(bits, len(REACH) * len(found))):
-        at = max((i for i, share in enumerate(found) if share < len(REACH)), key=errors.__getitem__)
-        errors[at] /= 4 if found[at] else 2.75
+        error, at = heappop(errors)
         found[at] += 1
+        if found[at] < len(REACH):
+            heappush(errors, (error / (2.75 if found[at] == 1 else 4), at))
     return found
 
 

@@ -208,7 +208,6 @@ class Strided(Policy):
 class _Arrival(NamedTuple):
     """Keys of one weight, head after head: which queries attend to which of them, and where they are."""
 
-    """Keys of one weight, head after head: which queries attend to which of them, and where they are."""
     lists: BlockLists
     positions: Tensor
     log_weight: float

@@ -9,16 +9,17 @@
 All query heads that read a KV head choose together, by the mean of their shares, since what is sent serves them all.
 Queries attend to all that has arrived and is not after them, whoever asked for it.
 
-What lost, on the bundled checkpoint (4 ranks; retrieval from 256 tokens back and more, bytes of those of all keys):
-* Means of blocks of 16, alone or with their variances, in place of the sketch: 17 % and 90 % at 52 % and 89 % of the
-  bytes, the score of the one key that a query looks for being lost in the mean. Sums along antidiagonals, by which
-  XAttention scores blocks, need every key, so they save work but no bytes.
-* The smallest sets of blocks that cover a share of every few queries' masses (rule "cover", as XAttention and
-  FlexPrefill choose): queries of a rank whose attention is spread out want everything between them, though what they
-  lose without it is small. At exact scores 78 % for 28 % of the bytes with sets for 16 queries, 100 % for 75 % with a
-  set for each. Asking for the peaks alone, the blocks of which some query would lose much: 98 % for 14 %.
+What lost, on the bundled checkpoint read in slices for 4 ranks (retrieval from 256 tokens back and more, for so much
+of the bytes of all keys; 54 queries in 2048 tokens, scores exact where nothing else is said, blocks of 16):
+* Means and variances of blocks in place of a sketch: 48 % for 20 %, where exact scores of the same rule find 96 %. The
+  score of the one key that a query looks for is lost in its block. Sums along antidiagonals, by which XAttention scores
+  blocks, need every key, so they save work but no bytes.
+* The fewest blocks that cover a share of the masses of every few queries (rule "cover", as XAttention and FlexPrefill
+  choose): queries whose attention is spread out want everything between them, though they lose little without it. 78 %
+  for 28 % with a set for each 16 queries, 100 % for 75 % with a set for each. The peaks alone, blocks of which some
+  query would lose much: 98 % for 20 %, and smaller blocks take less.
 * Means of queries that travel to the owner of keys, which chooses by exact scores: a query that looks for one token is
-  drowned by its neighbours, and the owner cannot know what the query has found elsewhere.
+  drowned by its neighbours, and the owner cannot know what the query has found elsewhere. (Reasoned, not measured.)
 
 Source: FlexPrefill, arXiv:2502.20766, and XAttention, arXiv:2503.16428, which choose blocks by coverage on one device;
 one choice for a group of query heads, NSA, arXiv:2502.11089.
