@@ -8,11 +8,19 @@ from torch import Tensor
 from seqpar.kernels.dispatch import Backend, choose_backend, unknown_backend
 from seqpar.kernels.sparse import pytorch, reference
 from seqpar.kernels.sparse.plan import BlockLists
-from seqpar.kernels.sparse.select import block_masses, decode_sketch, encode_sketch, sketch_bytes, smallest_cover
+from seqpar.kernels.sparse.select import (
+    block_masses,
+    block_means,
+    decode_sketch,
+    encode_sketch,
+    sketch_bytes,
+    smallest_cover,
+)
 
 __all__ = [
     "BlockLists",
     "block_masses",
+    "block_means",
     "decode_sketch",
     "encode_sketch",
     "sketch_bytes",

@@ -20,7 +20,7 @@ from torch import Tensor
 from seqpar.kernels.quantize import decode, encode, encoded_width
 from seqpar.partition import Range
 
-__all__ = ["block_masses", "decode_sketch", "encode_sketch", "sketch_bytes", "smallest_cover"]
+__all__ = ["block_masses", "block_means", "decode_sketch", "encode_sketch", "sketch_bytes", "smallest_cover"]
 
 REACH = (1.6, 1.99, 2.34, 2.68, 3.01, 3.33, 3.65, 3.95)
 """In standard deviations, the half width of the best uniform quantiser of 1 to 8 bits for a normal distribution."""
@@ -143,6 +143,15 @@ def block_masses(
     of = torch.arange(len(blocks), device=scores.device).repeat_interleave(sizes, output_size=scores.shape[-1])
     found = shares.new_zeros(*shares.shape[:-1], len(blocks)).index_add_(-1, of, shares)
     return found, (so_far - every).exp()
+
+
+def block_means(x: Float[Tensor, "n *rest"], blocks: Sequence[Range]) -> Float[Tensor, "b *rest"]:
+    """The mean of each of consecutive blocks that tile x, in at least float32."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    sizes = torch.tensor([block.size for block in blocks], device=x.device)
+    of = torch.arange(len(blocks), device=x.device).repeat_interleave(sizes, output_size=len(x))
+    sums = wide.new_zeros(len(blocks), *x.shape[1:]).index_add_(0, of, wide)
+    return sums / sizes.view(-1, *[1] * (x.dim() - 1))
 
 
 def smallest_cover(

@@ -4,7 +4,9 @@
    keys (`kernels.encode_sketch`). The attention to the own keys hides that.
 2. The receiver knows what its queries have already gathered, exactly, and estimates from the sketch what share of the
    whole each block of keys would have. It asks for the blocks that its rule chooses: a bit for each block and KV head.
-3. Those blocks travel. Both sides know how many from the bits, so nothing is padded.
+3. Those blocks travel. Both sides know how many from the bits, so nothing is padded. Meanwhile the receiver attends to
+   the sketch of the others, with mean values of some 64 of them in 8 bits (sent with the sketch): queries whose
+   attention is spread out, and choose nothing, still gather about what they should, with the weight that it has.
 
 All query heads that read a KV head choose together, by the mean of their shares, since what is sent serves them all.
 Queries attend to all that has arrived and is not after them, whoever asked for it.
@@ -38,8 +40,10 @@ from torch import Tensor
 
 from seqpar import comm
 from seqpar.comm import Steps
+from seqpar.kernels.quantize import decode, encode, encoded_width
 from seqpar.kernels.sparse import (
     block_masses,
+    block_means,
     decode_sketch,
     encode_sketch,
     sketch_bytes,
@@ -59,17 +63,20 @@ Partial = tuple[Tensor, Tensor]
 CHUNK = 256
 """Queries whose estimated scores are in memory at a time."""
 
+MEANS = 64
+"""Keys whose values stand for one another where they are not sent."""
+
 
 @dataclass(frozen=True)
 class TopMass(Policy):
     """Of other ranks' keys those blocks travel that are estimated to hold much of the mass of a rank's queries.
 
     Sends: to each rank that sees some of them, of a rank's keys the sinks and those near a query; of the other keys
-    two bits a number and the scales of channels; for each block of those and KV head a bit back; and the blocks that
-    were asked for.
-    Error: not bounded, since shares are estimated. If what was attended to truly has the share P of a query's mass,
-    ‖out - exact‖ is at most 2 (1 - P) max‖v‖. Coverage 1.0 sends every key that some query sees, and is exact.
-    Work: the scores of all keys, once more, from the sketch.
+    two bits a number, the directions that those are in, and mean values; for each block of those and KV head a bit
+    back; and the blocks that were asked for.
+    Error: not bounded, since the masses of the other keys are estimated and their values means. Coverage 1.0 sends
+    every key that some query sees, and is exact.
+    Work: as much as dense attention, and the scores of all keys once more, to choose.
 
     Args:
         coverage: in (0, 1], of the softmax of a query, the mean of the heads that read a KV head.
@@ -125,6 +132,8 @@ class TopMass(Policy):
                 for dst in exchange.targets:
                     yield from exchange.answer_steps(dst)
                 for src in exchange.sources:
+                    total.add(everything, *exchange.attend_rest(src, sketches[src]))
+                for src in exchange.sources:
                     total.add(everything, *(yield from exchange.arrival_steps(src)))
         finally:
             exchange.close()
@@ -162,15 +171,24 @@ class _Exchange:
             self._launch("opening", message, dst, src, (sum(self._opening_bytes(there)),))
 
     def opening_steps(self, src: int) -> Steps[tuple[Partial, Tensor]]:
-        """What this rank's queries gather from the keys that travel in any case; and what the others are like."""
+        """What this rank's queries gather from the keys that travel in any case; and what the others are like.
+
+        Those as [2, keys, heads, D]: keys by their sketch, and the mean of values around each.
+        """
         message, cut = (yield from self._flying["opening", src]), self._cut(self.rank, src)
-        whole, scales, codes = message.split(self._opening_bytes(cut))
+        whole, scales, codes, means = message.split(self._opening_bytes(cut))
         keys = whole.clone().view(self.q.dtype).view(-1, 2, self.core.head_dim)
         partial = self._attend(keys, self._positions(src)[cut.whole].repeat(self.heads), [cut.whole_of] * self.heads)
-        if not len(cut.rest):
-            return partial, keys.new_empty(0, self.heads, self.core.head_dim, dtype=torch.float32)
-        codes = codes.view(len(cut.rest), self.heads, -1)
-        return partial, decode_sketch(scales.view(self.heads, -1), codes, self.core.head_dim)
+        sketch = keys.new_empty(2, len(cut.rest), self.heads, self.core.head_dim, dtype=torch.float32)
+        if len(cut.rest):
+            codes = codes.view(len(cut.rest), self.heads, -1)
+            sketch[0] = decode_sketch(scales.view(self.heads, -1), codes, self.core.head_dim)
+            values = decode(
+                means.view(-1, encoded_width(self.core.head_dim, "int8")), self.core.head_dim, torch.float32, "int8"
+            )
+            sizes = torch.tensor([group.size for group in _groups(cut)], device=values.device)
+            sketch[1] = values.view(len(sizes), *sketch.shape[2:]).repeat_interleave(sizes, 0)
+        return partial, sketch
 
     def choose(self, lse: Tensor, sketches: Mapping[int, Tensor]) -> dict[int, Tensor]:
         """The blocks [heads, blocks] of each other rank that this rank's queries want."""
@@ -183,7 +201,7 @@ class _Exchange:
                 blocks = cut.blocks[slice(*cut.blocks_of[request])]
                 sizes += [block.size for block in blocks]
                 those = slice(blocks[0].start, blocks[-1].stop) if blocks else slice(0)
-                keys.append(sketches[src][those])
+                keys.append(sketches[src][0, those])
                 positions.append(self._positions(src)[cut.rest[those]])
             if not sizes:
                 continue
@@ -205,26 +223,33 @@ class _Exchange:
         """Launch the blocks that another rank wants, when it has said which."""
         bits, cut = (yield from self._flying["bits", dst]), self._cut(dst, self.rank)
         wanted = _unpack(bits.cpu(), self.heads, len(cut.blocks))
-        rows, heads = self._rows(cut, wanted)
+        tokens, heads = self._places(cut, wanted)
         src = self.sources[self.targets.index(dst)]
-        count = len(self._rows(self._cut(self.rank, src), self._chosen[src])[0])
-        message = self.kv[rows.to(self.kv.device), :, heads.to(self.kv.device)]
+        count = len(self._places(self._cut(self.rank, src), self._chosen[src])[0])
+        message = self.kv[cut.rest[tokens].to(self.kv.device), :, heads.to(self.kv.device)]
         self._launch("blocks", message, dst, src, (count, *message.shape[1:]))
+
+    def attend_rest(self, src: int, sketch: Tensor) -> Partial:
+        """What this rank's queries gather from the sketch of the blocks that it did not ask for."""
+        cut, others = self._cut(self.rank, src), ~self._chosen[src]
+        rows, heads = self._places(cut, others)
+        device = sketch.device
+        kv = sketch[:, rows.to(device), heads.to(device)].transpose(0, 1).to(self.q.dtype)
+        return self._attend(kv, self._positions(src)[cut.rest[rows]], self._parts(cut, others))
 
     def arrival_steps(self, src: int) -> Steps[Partial]:
         """What this rank's queries gather from the blocks that it asked for."""
-        keys, cut, chosen = (yield from self._flying["blocks", src]), self._cut(self.rank, src), self._chosen[src]
-        sizes = chosen * torch.tensor([block.size for block in cut.blocks], dtype=torch.int64)
-        ends = sizes.cumsum(1)
-        bounds = [[0, *row] for row in ends.tolist()]
-        parts = [[Range(row[part.start], row[part.stop]) for part in cut.blocks_of] for row in bounds]
-        return self._attend(keys, self._positions(src)[self._rows(cut, chosen)[0]], parts)
+        kv, cut, chosen = (yield from self._flying["blocks", src]), self._cut(self.rank, src), self._chosen[src]
+        rows, _ = self._places(cut, chosen)
+        return self._attend(kv, self._positions(src)[cut.rest[rows]], self._parts(cut, chosen))
 
     def _opening_bytes(self, cut: Cut) -> list[int]:
-        """Of the keys that travel in any case, of the scales of the sketch, and of its codes."""
+        """Of the keys that travel in any case; of the directions of the sketch, its codes, and the mean values."""
         scales, codes = sketch_bytes(self.core.head_dim)
         whole = len(cut.whole) * 2 * self.core.head_dim * self.q.itemsize
-        return [self.heads * size for size in (whole, scales if len(cut.rest) else 0, codes * len(cut.rest))]
+        means = len(_groups(cut)) * encoded_width(self.core.head_dim, "int8")
+        sizes = whole, scales if len(cut.rest) else 0, codes * len(cut.rest), means
+        return [self.heads * size for size in sizes]
 
     def _launch(self, what: str, x: Tensor, dst: int, src: int, shape: tuple[int, ...]) -> None:
         self.sent_bytes += x.numel() * x.itemsize
@@ -243,8 +268,9 @@ class _Exchange:
         whole = self.kv[cut.whole.to(self.kv.device)].permute(2, 0, 1, 3).contiguous().view(torch.uint8).flatten()
         if not len(cut.rest):
             return whole
-        scales, codes = self._sketch
-        return torch.cat([whole, scales.flatten(), codes[cut.rest.to(codes.device)].flatten()])
+        (scales, codes), rest = self._sketch, cut.rest.to(self.kv.device)
+        means = encode(block_means(self.kv[rest, 1], _groups(cut)).float().flatten(0, 1), "int8")
+        return torch.cat([whole, scales.flatten(), codes[rest].flatten(), means.flatten()])
 
     @cached_property
     def _sketch(self) -> tuple[Tensor, Tensor]:
@@ -290,12 +316,17 @@ class _Exchange:
             window=self.core.window,
         )
 
-    def _rows(self, cut: Cut, chosen: Tensor) -> tuple[Tensor, Tensor]:
-        """The owner's rows of chosen blocks, head after head, and of which head each is."""
+    def _places(self, cut: Cut, chosen: Tensor) -> tuple[Tensor, Tensor]:
+        """The tokens of chosen blocks, head after head, counted in the rest of the cut; and of which head each is."""
         sizes = torch.tensor([block.size for block in cut.blocks], dtype=torch.int64)
-        tokens = chosen.repeat_interleave(sizes, 1)
-        heads, index = tokens.nonzero(as_tuple=True)
-        return cut.rest[index], heads
+        heads, tokens = chosen.repeat_interleave(sizes, 1).nonzero(as_tuple=True)
+        return tokens, heads
+
+    def _parts(self, cut: Cut, chosen: Tensor) -> list[list[Range]]:
+        """For each head where the chosen blocks of each request lie among all of that head."""
+        sizes = chosen * torch.tensor([block.size for block in cut.blocks], dtype=torch.int64)
+        bounds = [[0, *row] for row in sizes.cumsum(1).tolist()]
+        return [[Range(row[part.start], row[part.stop]) for part in cut.blocks_of] for row in bounds]
 
     def _cut(self, receiver: int, owner: int) -> Cut:
         key = ("csa.topmass.cut", self.policy, self.order, receiver, owner)
@@ -305,6 +336,17 @@ class _Exchange:
         """Of all keys of a rank."""
         key = ("csa.positions", self.order, owner)
         return kept(self.batch, key, lambda: positions_of(run for runs in self.order.kv[owner] for run in runs))
+
+
+def _groups(cut: Cut) -> list[Range]:
+    """The rest of a cut in groups of some `MEANS` keys, none of two requests: whole blocks."""
+    found: list[Range] = []
+    for part in cut.blocks_of:
+        blocks = cut.blocks[slice(*part)]
+        step = max(1, MEANS // blocks[0].size) if blocks else 1
+        some = (blocks[at : at + step] for at in range(0, len(blocks), step))
+        found += [Range(those[0].start, those[-1].stop) for those in some]
+    return found
 
 
 def _pack(bits: Tensor) -> Tensor:
