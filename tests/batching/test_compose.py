@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import random
 from collections import deque
 from typing import Any
 
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from seqpar.batching import (
     Budget,
     DecodeMaximal,
+    Draft,
     Exclusive,
     FullHybrid,
     Policy,
@@ -35,7 +37,7 @@ MAKE: dict[str, Any] = {
     "exclusive": Exclusive,
     "mixed": lambda: Exclusive(0.25),
 }
-requests = st.lists(st.tuples(st.integers(0, 12), st.integers(1, 30), st.integers(1, 6)), min_size=1, max_size=7)
+requests = st.lists(st.tuples(st.integers(0, 6), st.integers(1, 12), st.integers(1, 12)), min_size=1, max_size=7)
 
 
 class Simulation:
@@ -112,15 +114,34 @@ def vars_of(each: Progress) -> tuple[Any, ...]:
     return each.id, each.tokens, each.limit, each.scheduled, each.computed, each.served
 
 
-@settings(max_examples=150)
+def through(
+    policy: Policy, arrivals: list[tuple[int, int, int]], budget: Budget, page_size: int, more_pages: int
+) -> list[Step]:
+    """All steps until all requests have ended."""
+    needs = [-(-(prompt + new - 1) // page_size) for _, prompt, new in arrivals]
+    run = Simulation(policy, budget, page_size, max(needs) + more_pages)
+    all_pages = run.free
+    for number in range(600):
+        for at, (when, prompt, new) in enumerate(arrivals):
+            if when == number:
+                run.waiting.append(Progress(at, prompt, prompt + new - 1))
+        if run.running or run.waiting:
+            run.step()
+        elif number > max(when for when, _, _ in arrivals):
+            break
+    assert not run.running and not run.waiting and run.free == all_pages, "all end"
+    return run.log
+
+
+@settings(max_examples=100)
 @given(
     name=st.sampled_from(sorted(MAKE)),
     arrivals=requests,
-    max_tokens=st.integers(1, 20),
-    max_requests=st.integers(1, 5),
-    page_size=st.integers(1, 7),
-    more_pages=st.integers(0, 12),
-    admission=st.sampled_from(["whole", "known"]),
+    max_tokens=st.integers(1, 12),
+    max_requests=st.integers(1, 6),
+    page_size=st.integers(1, 5),
+    more_pages=st.integers(0, 3),
+    admission=st.sampled_from(["known", "whole"]),
     spare=st.integers(0, 2),
 )
 def test_every_request_gets_through(
@@ -133,24 +154,22 @@ def test_every_request_gets_through(
     admission: Any,
     spare: int,
 ) -> None:
-    needs = [-(-(prompt + new - 1) // page_size) for _, prompt, new in arrivals]
     budget = Budget(max_tokens, max_requests, admission, spare)
-    run = Simulation(MAKE[name](), budget, page_size, max(needs) + more_pages)
-    begun, all_pages = 0, run.free
-    most = max(when for when, _, _ in arrivals) + 60 * sum(prompt + new for _, prompt, new in arrivals)
-    for number in range(most):
-        for at, (when, prompt, new) in enumerate(arrivals):
-            if when == number:
-                begun += 1
-                run.waiting.append(Progress(at, prompt, prompt + new - 1))
-        if run.running or run.waiting:
-            run.step()
-        elif begun == len(arrivals):
-            break
-    assert not run.running and not run.waiting, "all end"
-    assert run.free == all_pages
-    if admission == "whole":
-        assert not any(step.preempted for step in run.log)
+    log = through(MAKE[name](), arrivals, budget, page_size, more_pages)
+    assert admission != "whole" or not any(step.preempted for step in log)
+
+
+def test_caches_that_run_full() -> None:
+    """More requests than fit, of which most steps of most runs take pages from one."""
+    preempted = 0
+    for seed in range(120):
+        draw = random.Random(seed)
+        arrivals = [(draw.randint(0, 6), draw.randint(1, 12), draw.randint(1, 12)) for _ in range(draw.randint(3, 7))]
+        budget = Budget(draw.randint(1, 12), draw.randint(2, 6), "known")
+        policy = MAKE[sorted(MAKE)[seed % len(MAKE)]]()
+        log = through(policy, arrivals, budget, draw.randint(1, 5), draw.randint(0, 3))
+        preempted += any(step.preempted for step in log)
+    assert preempted > 60
 
 
 def decoding(count: int, *, tokens: int = 10, served: int = 0) -> list[Progress]:
@@ -193,6 +212,13 @@ def test_too_many_decodes_take_turns_by_age() -> None:
     assert served[:8] == [f"d{i}" for i in range(8)] and served[8:12] == ["d0", "d1", "d8", "d9"]
 
 
+def test_a_decode_without_a_page_leaves_its_row_to_another() -> None:
+    """The newest has waited longest, but may take no page from an older one, which would wait for it for ever."""
+    old, new = Progress("old", 12, 15, 11, 11, served=7), Progress("new", 5, 6, 4, 4, served=1)
+    step = compose([old, new], [], Budget(1, 5, "known"), Exclusive(), Room(2, 0))
+    assert step.ids == ("old",) and not step.preempted
+
+
 def test_turns_of_exclusive_steps() -> None:
     """Decodes never wait for two prompts in a row."""
     running, waiting = decoding(3, served=4), [Progress("p", 5, 9), Progress("q", 5, 9)]
@@ -212,6 +238,10 @@ def test_a_prompt_that_is_longer_than_a_step_is_cut_rather_than_left() -> None:
     waiting = [Progress("long", 90, 99), Progress("short", 3, 5)]
     step = compose(decoding(2), waiting, Budget(50, 10), FullHybrid(), ROOM)
     assert step.q_lens == (1, 1, 48) and step.admitted == ("long",)
+    begun = Progress("begun", 200, 210, 48, 48)
+    for policy, q_lens in ((FullHybrid(), (1, 1, 48)), (PrefillFirst(), (50,))):
+        step = compose([*decoding(2), begun], waiting, Budget(50, 10), policy, ROOM)
+        assert step.q_lens == q_lens and step.ids[-1] == "begun", "and goes on beside decodes"
     step = compose([], list(reversed(waiting)), Budget(50, 10), PrefillFirst(), ROOM)
     assert step.ids == ("short",), "a whole prompt waits for a step of its own"
 
@@ -229,9 +259,27 @@ def test_the_newest_gives_way() -> None:
     running = decoding(3, tokens=9)  # of two full pages each
     step = compose(running, [Progress("p", 1, 1)], Budget(50, 9), StallFree(50), Room(4, 0))
     assert step.preempted == ("d2",) and step.ids == ("d0", "d1") and not step.admitted
+    short = Progress("short", 3, 9, 2, 2)  # of one half of a page
+    step = compose([*running[:2], short], [], Budget(50, 9), StallFree(50), Room(4, 0))
+    assert step.preempted == ("short",) and step.ids == ("d0",), "one page is one decode's"
     running[2].computed = 7  # in flight: its pages are being written
     step = compose(running, [], Budget(50, 9), StallFree(50), Room(4, 0))
     assert not step.preempted and not step.ids
+
+
+class ChunksFirst:
+    """A policy of somebody else's, which gives prompts what decodes need."""
+
+    def fill(self, draft: Draft) -> None:
+        draft.prefill()
+        draft.decode()
+
+
+def test_what_gives_way_leaves_the_step() -> None:
+    """A chunk that was taken is given back, with its pages and its rows, when an older decode needs them."""
+    running = [*decoding(1, tokens=9), Progress("p", 20, 30, 4, 4)]
+    step = compose(running, [], Budget(9, 9), ChunksFirst(), Room(4, 2))
+    assert list(step.items) == [("d0", 1)] and step.preempted == ("p",)
 
 
 def test_what_is_in_flight_is_not_scheduled_again() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
@@ -30,6 +32,13 @@ def test_tokens_are_drawn_as_transformers_filters_them(temperature: float, top_k
     assert not found[expected == 0].any()
     # Five standard deviations of a binomial, and one for the token that comes less than once.
     assert ((found - count * expected).abs() <= 5 * (count * expected).sqrt() + 1).all()
+
+
+def test_the_fewest_tokens_that_reach_a_share() -> None:
+    """Of four equally likely ones two are a half, and a hair more takes a third."""
+    logits = torch.zeros(1, 4)
+    assert (drawn(logits, 300, temperature=1.0, top_p=0.5) > 0).tolist() == [True, True, False, False]
+    assert (drawn(logits, 300, temperature=1.0, top_p=0.51) > 0).tolist() == [True, True, True, False]
 
 
 def test_no_other_row_matters() -> None:
@@ -78,3 +87,19 @@ def test_parameters_out_of_range(options: dict[str, object], message: str) -> No
 def test_requests_that_are_none(options: dict[str, object], message: str) -> None:
     with own_errors(), pytest.raises(ValueError, match=message):
         Request(**{"id": "a", "prompt": [1], "max_new_tokens": 1, **options})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Sampling(seed=1.5), "`top_k` and `seed` must be integers, got None and 1.5"),  # type: ignore[arg-type]
+        (lambda: Sampling(top_k=2.5), "got 2.5 and 0"),  # type: ignore[arg-type]
+        (lambda: Request(["a"], [1], 1), "`id` must be hashable, got list"),  # type: ignore[arg-type]
+        (lambda: Request("a", [1, 2.0], 1), "`prompt` and `max_new_tokens` must be integers"),  # type: ignore[list-item]
+        (lambda: Request("a", [1], 2.5), "must be integers, got others for request 'a'"),  # type: ignore[arg-type]
+        (lambda: Request("a", [1], 2, stop_strings=[3]), "`stop_strings` must be texts"),  # type: ignore[list-item]
+    ],
+)
+def test_types_that_would_fail_in_a_step(make: Callable[[], object], message: str) -> None:
+    with own_errors(), pytest.raises(TypeError, match=message):
+        make()

@@ -202,23 +202,25 @@ class Draft:
         return sum(tokens for _, tokens in self._chunks.values())
 
     def decode(self) -> None:
-        """Take every decode; where the step has no room for all, those that have waited longest, oldest first."""
-        chosen = self.decodes
-        if len(chosen) > self.tokens_left:
-            longest = {each.id for each in sorted(chosen, key=_served)[: self.tokens_left]}
-            chosen = [each for each in chosen if each.id in longest]
+        """Take every decode; where the step has no room for all, those that have waited longest.
+
+        One that needs a page, and may take none from an older one, leaves its row to another.
+        """
         size = self.room.page_size
-        growing = sum([each.scheduled % size == 0 for each in chosen])
-        if growing <= self._free:
-            self._decoding = list(chosen)
+        growing = sum([each.scheduled % size == 0 for each in self.decodes])
+        if len(self.decodes) <= self.tokens_left and growing <= self._free:
+            self._decoding = list(self.decodes)
             self._free -= growing
-            self.tokens_left -= len(chosen)
+            self.tokens_left -= len(self.decodes)
             return
-        for each in chosen:
-            if each.id not in self._preempted and self._fit(each, 1):
+        crowded = len(self.decodes) > self.tokens_left
+        for each in sorted(self.decodes, key=_served) if crowded else self.decodes:
+            if self.tokens_left and each.id not in self._preempted and self._fit(each, 1):
                 self._decoding.append(each)
                 self._free -= each.scheduled % size == 0
                 self.tokens_left -= 1
+        taken = {each.id for each in self._decoding}
+        self._decoding = [each for each in self.decodes if each.id in taken]
 
     def prefill(
         self,

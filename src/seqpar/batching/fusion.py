@@ -95,22 +95,25 @@ class Generation:
         """Tokens of the prompt and of what was generated."""
         return self._known[start:stop]
 
-    def accept(self, token: int, text: Callable[[Sequence[int]], str] | None) -> None:
-        """Take the next token, and see whether it is the last."""
+    def finish_with(self, token: int, text: Callable[[Sequence[int]], str] | None) -> Finish | None:
+        """Why the request ends with this token; None if it goes on."""
         request = self.request
+        if token in request.stop_tokens:
+            return "stop_token"
+        if text is not None and request.stop_strings and self._has_stop(token, text):
+            return "stop_string"
+        return "length" if len(self.tokens) + 1 == request.max_new_tokens else None
+
+    def accept(self, token: int, finish: Finish | None) -> None:
+        """Take the next token."""
         self.tokens.append(token)
         self._known.append(token)
-        if token in request.stop_tokens:
-            self.finish = "stop_token"
-        elif text is not None and request.stop_strings and self._has_stop(text):
-            self.finish = "stop_string"
-        elif len(self.tokens) == request.max_new_tokens:
-            self.finish = "length"
+        self.finish = finish
 
-    def _has_stop(self, text: Callable[[Sequence[int]], str]) -> bool:
-        """Whether the text ends in a stop string, or has one near its end: earlier ones have been looked for before."""
+    def _has_stop(self, token: int, text: Callable[[Sequence[int]], str]) -> bool:
+        """Whether there is a stop string near the end of the text: earlier ones have been looked for before."""
         longest = max(len(stop.encode()) for stop in self.request.stop_strings)
-        end = text(self.tokens[-longest - _MARGIN :])  # a token is at least a byte
+        end = text([*self.tokens[-longest - _MARGIN :], token])  # a token is at least a byte
         return any(stop in end for stop in self.request.stop_strings)
 
 
@@ -349,7 +352,7 @@ class TemporalFusion:
             self._running[request] = progress
 
     def _advance(self, plan: Step) -> list[Emitted]:
-        """Compute a step and deal out its tokens; a model that fails leaves everything as it was before."""
+        """Compute a step and deal out its tokens; where that fails, everything is as it was before."""
         batch = plan.build(self.kv)
         parts = [(self._progress[request], self._live[request]) for request in plan.ids]
         tokens: list[int] = []
@@ -364,6 +367,7 @@ class TemporalFusion:
                 ready.append(generation)
         try:
             logits = self._model(batch, torch.tensor(tokens, device=self.kv.device), rows)
+            chosen = self._draw(logits, ready)
         except BaseException:
             for progress, _ in parts:
                 progress.scheduled = progress.computed
@@ -372,20 +376,24 @@ class TemporalFusion:
         self.latest, self.steps = plan, self.steps + 1
         for progress, _ in parts:
             progress.computed, progress.served = progress.scheduled, self.steps
-        return self._deal(logits, ready)
+        return self._deal(ready, chosen)
 
-    def _deal(self, logits: Float[Tensor, "rows v"], ready: list[Generation]) -> list[Emitted]:
-        """Draw a token for each request that is ready for one, and free those that it ends."""
+    def _draw(self, logits: Float[Tensor, "rows v"], ready: list[Generation]) -> list[tuple[int, Finish | None]]:
+        """A token for each request that is ready for one, and whether it is the last."""
         if not ready:
             return []
-        chosen = sample(logits, [each.request.sampling for each in ready], [len(each.tokens) for each in ready])
+        tokens = sample(logits, [each.request.sampling for each in ready], [len(each.tokens) for each in ready])
+        return [(token, each.finish_with(token, self._text)) for each, token in zip(ready, tokens, strict=True)]
+
+    def _deal(self, ready: list[Generation], chosen: list[tuple[int, Finish | None]]) -> list[Emitted]:
+        """Give each request its token, and free those that it ends."""
         emitted = []
-        for generation, token in zip(ready, chosen, strict=True):
+        for generation, (token, finish) in zip(ready, chosen, strict=True):
             request = generation.request.id
-            generation.accept(token, self._text)
+            generation.accept(token, finish)
             self._progress[request].tokens += 1
-            emitted.append(Emitted(request, token, generation.finish))
-            if generation.finish is not None:
+            emitted.append(Emitted(request, token, finish))
+            if finish is not None:
                 self.kv.free(request)
                 del self._running[request]
                 self._forget(request)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass
 from math import inf
+from types import NoneType
 
 __all__ = ["Progress", "Request", "Sampling"]
 
@@ -23,6 +24,7 @@ class Sampling:
         seed: of this request.
 
     Raises:
+        TypeError: a `top_k` or a seed that is no integer.
         ValueError: a parameter out of range.
     """
 
@@ -32,6 +34,8 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if not isinstance(self.seed, int) or not isinstance(self.top_k, (int, NoneType)):
+            raise TypeError(f"`top_k` and `seed` must be integers, got {self.top_k!r} and {self.seed!r}")
         if not 0 <= self.temperature < inf:
             raise ValueError(f"`temperature` must be finite and >= 0, got {self.temperature}; 0 is greedy")
         if self.top_k is not None and self.top_k < 1:
@@ -55,6 +59,7 @@ class Request:
         stop_strings: texts after which it is finished; the tokens that complete one are part of its output.
 
     Raises:
+        TypeError: an id that is not hashable, tokens or their number that are no integers, stop strings that are none.
         ValueError: an empty prompt, no tokens to generate, negative token ids, an empty stop string.
     """
 
@@ -69,6 +74,7 @@ class Request:
         object.__setattr__(self, "prompt", tuple(self.prompt))
         object.__setattr__(self, "stop_tokens", frozenset(self.stop_tokens))
         object.__setattr__(self, "stop_strings", tuple(self.stop_strings))
+        self._check_types()
         if not self.prompt:
             raise ValueError(f"`prompt` must have at least one token, got none for request {self.id!r}")
         if min(self.prompt) < 0:
@@ -77,6 +83,15 @@ class Request:
             raise ValueError(f"`max_new_tokens` must be at least 1, got {self.max_new_tokens} for request {self.id!r}")
         if "" in self.stop_strings:
             raise ValueError(f"`stop_strings` must not be empty texts, got one for request {self.id!r}")
+
+    def _check_types(self) -> None:
+        """Refuse now what would raise in the middle of a step, with others beside it."""
+        if not isinstance(self.id, Hashable):
+            raise TypeError(f"`id` must be hashable, got {type(self.id).__name__}")
+        if not all(isinstance(token, int) for token in (*self.prompt, self.max_new_tokens)):
+            raise TypeError(f"`prompt` and `max_new_tokens` must be integers, got others for request {self.id!r}")
+        if not all(isinstance(stop, str) for stop in self.stop_strings):
+            raise TypeError(f"`stop_strings` must be texts, got others for request {self.id!r}")
 
     @property
     def most_cached(self) -> int:

@@ -1,0 +1,249 @@
+"""An engine in one file: continuous batching of many requests, on the parts of seqpar. Copy it to begin your own.
+
+    torchrun --nproc-per-node 2 examples/engine.py --sp 2 --shift 16 --plot engine.png
+    python examples/engine.py --jsonl requests.jsonl --out answers.jsonl
+
+Requests come from a JSONL file or a generated trace. Rank 0 hears of them as they arrive and leads; the others follow.
+A line of the file is an object with `prompt` (text or token ids) and, as wanted, `id`, `max_new_tokens`, `at_s` (when
+it arrives), `temperature`, `top_k`, `top_p`, `seed`, `stop` (texts). A line that is none is reported with its number,
+and the others are served. At the end comes a table: time to first token (TTFT), between tokens (TBT), tokens/s, cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+import time
+from collections import deque
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from transformers import AutoTokenizer
+
+import seqpar
+from seqpar import batching, comm
+from seqpar.batching import Budget, Generation, Request, Sampling, TemporalFusion
+from seqpar.partition import Interleave
+
+CHECKPOINT = Path(__file__).parent / "tiny-llama"
+POLICIES = {
+    "stall-free": lambda options: batching.StallFree(options.tau),
+    "decode-maximal": lambda options: batching.DecodeMaximal(options.tau),
+    "full-hybrid": lambda options: batching.FullHybrid(),
+    "prefill-first": lambda options: batching.PrefillFirst(),
+    "request-level": lambda options: batching.RequestLevel(),
+    "exclusive": lambda options: batching.Exclusive(),
+}
+
+
+class Arrival(NamedTuple):
+    at_s: float
+    request: Request
+
+
+class Record(NamedTuple):
+    """What became of a request; `times` are those of its tokens."""
+
+    at_s: float
+    generation: Generation
+    times: list[float]
+
+
+class Sample(NamedTuple):
+    """The state after a step."""
+
+    at_s: float
+    running: int
+    waiting: int
+    tokens: int
+    kv: float
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    torch.set_num_threads(1)
+    mesh = seqpar.init_mesh(tp=options.tp, sp=options.sp)
+    group = comm.groups(mesh).flat
+    overlap = Interleave(2, min_tokens=options.overlap) if options.overlap else "off"
+    how: dict[str, Any] = {"shift": options.shift or "off", "overlap": overlap}
+    model = seqpar.hf.load(options.model, mesh, dtype=torch.float32, progress=False, **how)
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    stepper = seqpar.hf.Stepper(model, num_pages=options.pages, page_size=options.page_size)
+    budget = Budget(options.max_tokens, options.max_requests, options.admission)
+    how = {"policy": POLICIES[options.policy](options), "budget": budget, "preemption": options.preemption}
+    how |= {"vocab_size": stepper.vocab_size, "text": tokenizer.decode, "lead": group}
+    loop = TemporalFusion(stepper, stepper.kv, **how)
+    if group.rank():
+        loop.follow()
+        return 0
+    read = read_jsonl if options.jsonl else generate_trace
+    arrivals, refused = read(options, tokenizer)
+    with loop:
+        records, samples = serve(loop, arrivals, refused)
+    for message in refused:
+        print(f"refused: {message}", file=sys.stderr)
+    if options.out:
+        write_answers(options.out, records, tokenizer)
+    print(table(options, records, samples, len(refused)))
+    if options.plot:
+        plot(options.plot, records, samples)
+    return 1 if refused else 0
+
+
+def serve(loop: TemporalFusion, arrivals: list[Arrival], refused: list[str]) -> tuple[list[Record], list[Sample]]:
+    """Let requests join as they arrive, and step until none is left; adds to what is refused."""
+    queue = deque(sorted(arrivals, key=lambda arrival: arrival.at_s))
+    live: dict[Any, Record] = {}
+    records: list[Record] = []
+    samples: list[Sample] = []
+    total, shown, start = len(queue), 0.0, time.perf_counter()
+    while queue or loop.live:
+        now = time.perf_counter() - start
+        while queue and queue[0].at_s <= now:
+            at_s, request = queue.popleft()
+            try:
+                live[request.id] = Record(at_s, loop.add(request), [])
+                records.append(live[request.id])
+            except ValueError as error:  # of this one alone
+                refused.append(str(error))
+        if not loop.live:
+            time.sleep(min(max(0.0, queue[0].at_s - now), 0.05) if queue else 0.0)
+            continue
+        emitted = loop.step()
+        now = time.perf_counter() - start
+        for each in emitted:
+            live[each.id].times.append(now)
+        kv = 1 - loop.kv.free_pages / loop.kv.num_pages
+        tokens = loop.latest.num_tokens if loop.latest else 0
+        samples.append(Sample(now, len(loop.running), len(loop.waiting), tokens, kv))
+        if sys.stderr.isatty() and now - shown > 0.1:
+            shown = now
+            done = len(records) - len(loop.live)
+            line = f"{done}/{total} done, {samples[-1].running} running, {samples[-1].waiting} waiting"
+            print(f"\r{now:6.1f} s  {line}, cache {kv:4.0%}, {tokens} tokens a step\033[K", end="", file=sys.stderr)
+    if shown:
+        print("\r\033[K", end="", file=sys.stderr)
+    return records, samples
+
+
+def read_jsonl(options: argparse.Namespace, tokenizer: Any) -> tuple[list[Arrival], list[str]]:
+    """The requests of a file, and what is wrong with the lines that are none."""
+    arrivals, bad = [], []
+    for number, line in enumerate(options.jsonl.read_text().splitlines(), 1):
+        try:
+            if line.strip():
+                arrivals.append(parse_line(json.loads(line), number, tokenizer, options.new_tokens))
+        except (ValueError, TypeError) as error:
+            bad.append(f"{options.jsonl}:{number}: {error}")
+    return arrivals, bad
+
+
+def parse_line(content: Any, number: int, tokenizer: Any, new_tokens: int) -> Arrival:
+    """The request of one line; TypeError or ValueError where it is none."""
+    if not isinstance(content, dict) or "prompt" not in content:
+        raise ValueError("a line must be an object with a `prompt`, got something else")
+    prompt = content.pop("prompt")
+    ids = tokenizer(prompt).input_ids if isinstance(prompt, str) else prompt
+    at_s, name, stop = float(content.pop("at_s", 0.0)), content.pop("id", number), content.pop("stop", [])
+    options = {key: content.pop(key) for key in ("top_k", "seed") if key in content}
+    options |= {key: float(content.pop(key)) for key in ("temperature", "top_p") if key in content}
+    new, stop = content.pop("max_new_tokens", new_tokens), [stop] if isinstance(stop, str) else stop
+    ends = {"stop_tokens": {tokenizer.eos_token_id}, "stop_strings": stop}
+    if content:
+        raise ValueError(f"a line must have no other keys, got {sorted(content)}")
+    return Arrival(at_s, Request(name, ids, new, Sampling(**options), **ends))
+
+
+def generate_trace(options: argparse.Namespace, tokenizer: Any) -> tuple[list[Arrival], list[str]]:
+    """Poisson arrivals of real text, this file's, with random lengths of prompts and answers."""
+    draw, text = random.Random(options.seed), tokenizer(Path(__file__).read_text()).input_ids
+    arrivals, now = [], 0.0
+    for number in range(options.requests):
+        start, length = draw.randrange(len(text) // 2), draw.randint(1, options.prompt_tokens)
+        new = draw.randint(1, options.new_tokens)
+        arrivals.append(Arrival(now, Request(number, (text[start:] + text)[:length], new)))
+        now += draw.expovariate(options.rate)
+    return arrivals, []
+
+
+def write_answers(path: Path, records: list[Record], tokenizer: Any) -> None:
+    with path.open("w") as file:
+        for record in records:
+            got = record.generation
+            answer = {"text": tokenizer.decode(got.tokens), "tokens": got.tokens}
+            file.write(json.dumps({"id": got.request.id, "finish": got.finish, **answer}) + "\n")
+
+
+def table(options: argparse.Namespace, records: list[Record], samples: list[Sample], refused: int) -> str:
+    """What was measured, for people."""
+    seconds, new = samples[-1].at_s if samples else 0.0, sum(len(record.times) for record in records)
+    lines = [f"tp={options.tp} sp={options.sp} {options.policy}: {len(records)} served, {refused} refused"]
+    lines.append(f"{'ms':>6} {'p50':>9} {'p90':>9} {'p99':>9} {'most':>9}")
+    for name, values in latencies(records).items():
+        cells = torch.tensor(values or [0.0]).mul(1e3).quantile(torch.tensor([0.5, 0.9, 0.99, 1.0]))
+        lines.append(f"{name:>6} " + " ".join(f"{cell:9.1f}" for cell in cells.tolist()))
+    rows = sum(sample.tokens for sample in samples)
+    steps = f"{len(samples)} steps of {rows / max(1, len(samples)):.1f} tokens on average"
+    lines.append(f"{new / max(seconds, 1e-9):,.1f} tokens/s generated; {steps}")
+    lines.append(f"cache at most {max((sample.kv for sample in samples), default=0.0):.0%} of {options.pages} pages")
+    return "\n".join(lines)
+
+
+def latencies(records: list[Record]) -> dict[str, list[float]]:
+    """Seconds to the first tokens, and between tokens."""
+    first = [record.times[0] - record.at_s for record in records if record.times]
+    return {"TTFT": first, "TBT": [b - a for record in records for a, b in pairwise(record.times)]}
+
+
+def plot(path: str, records: list[Record], samples: list[Sample]) -> None:
+    """What ran and waited over time, and how long tokens took."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 6), layout="constrained")
+    over_time, times = figure.subplots(2)
+    at = [sample.at_s for sample in samples]
+    over_time.step(at, [sample.running for sample in samples], label="running", where="post")
+    over_time.step(at, [sample.waiting for sample in samples], label="waiting", where="post")
+    over_time.step(at, [sample.kv * 100 for sample in samples], label="cache, %", where="post")
+    over_time.set(xlabel="s")
+    for name, values in latencies(records).items():
+        times.ecdf([1e3 * value for value in values] or [0.0], label=name)
+    times.set(xlabel="ms", ylabel="share", xscale="log")
+    for axes in (over_time, times):
+        axes.legend(frameon=False)
+    figure.savefig(path, dpi=120)
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model", type=Path, default=CHECKPOINT, help="checkpoint folder (default: the bundled one)")
+    add("--jsonl", type=Path, help="requests; a trace is generated without it")
+    add("--out", type=Path, help="where answers go, as JSONL")
+    add("--plot", help="where a picture goes")
+    add("--tp", type=int, default=1, help="tensor-parallel ranks")
+    add("--sp", type=int, default=1, help="sequence-parallel ranks")
+    add("--shift", type=int, default=0, help="up to so many tokens a step is tensor-parallel over all ranks")
+    add("--overlap", type=int, default=0, help="cut steps of at least so many tokens into two that take turns")
+    add("--policy", choices=POLICIES, default="stall-free")
+    add("--tau", type=int, default=64, help="tokens of a step, or of a chunk, that the policy goes by")
+    add("--max-tokens", type=int, default=512, help="tokens of a step under any policy")
+    add("--max-requests", type=int, default=32, help="that run at a time")
+    add("--pages", type=int, default=256)
+    add("--page-size", type=int, default=16)
+    add("--admission", choices=("whole", "known"), default="whole")
+    add("--preemption", choices=("recompute", "swap"), default="recompute")
+    add("--requests", type=int, default=32, help="of the trace")
+    add("--rate", type=float, default=20.0, help="arrivals a second")
+    add("--prompt-tokens", type=int, default=200, help="at most")
+    add("--new-tokens", type=int, default=32, help="at most")
+    add("--seed", type=int, default=0)
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
