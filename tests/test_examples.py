@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.ranks import run_ranks
 
 ROOT = Path(__file__).parent.parent
 
@@ -61,3 +65,32 @@ def test_the_trace_of_two_chunks(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert "overlap ratio" in done.stdout and "(simulated link)" in done.stdout
     assert (tmp_path / "trace.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def serves(rank: int, p: int, folder: str) -> int:
+    """The engine, in a process that has torch already."""
+    spec = importlib.util.spec_from_file_location("engine", ROOT / "examples" / "engine.py")
+    assert spec is not None and spec.loader is not None
+    engine = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(engine)
+    given = ["--sp", str(p), "--shift", "8", "--pages", "8", "--jsonl", f"{folder}/requests.jsonl"]
+    return engine.main([*given, "--out", f"{folder}/answers.jsonl", "--plot", f"{folder}/engine.png"])
+
+
+def test_the_engine_serves_all_but_bad_lines(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    lines = [
+        '{"prompt": "import os\\n", "max_new_tokens": 4, "id": "a"}',
+        "not json",
+        '{"prompt": [5, 6], "temperature": 1, "seed": 2.5}',
+        '{"prompt": [5, 6], "id": "a"}',
+        '{"prompt": [5, 99999]}',
+        '{"prompt": [5, 6, 7], "max_new_tokens": 3, "temperature": 1, "top_k": 20, "at_s": 0.01, "stop": "never"}',
+        '{"prompt": [1, 2], "max_new_tokens": 5000}',
+    ]
+    (tmp_path / "requests.jsonl").write_text("\n".join(lines))
+    assert run_ranks(2, serves, str(tmp_path)) == [1, 0]
+    answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    served = {each["id"]: (each["finish"], len(each["tokens"])) for each in answers}
+    assert served == {"a": ("length", 4), 6: ("length", 3)}
+    assert (tmp_path / "engine.png").read_bytes()[:4] == b"\x89PNG"

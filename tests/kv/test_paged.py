@@ -765,3 +765,18 @@ def test_bad_input_is_refused_and_nothing_changes() -> None:
             check(kv, expected)
         with pytest.raises(ValueError, match=r"`page_size` must be at least 1 .* got .*page_size=0"):
             PagedKV(1, 1, 0, 1, 1)
+
+
+def test_a_request_asks_for_room_again_once_it_was_forked_or_cut() -> None:
+    """Steps that stay in a page of their own ask nobody; what happens to the page is noticed all the same."""
+    kv = PagedKV(1, 8, 4, 1, 1)
+    kv.batch(["a"], [1])
+    kv.batch(["a"], [1])
+    before = kv.pages("a")
+    kv.fork("a", "b")
+    kv.batch(["a"], [1])
+    assert kv.pages("a") != before == kv.pages("b"), "written to a copy"
+    kv.truncate("a", 0)
+    kv.batch(["a"], [2])
+    assert len(kv.pages("a")) == 1
+    kv.integrity()

@@ -57,6 +57,7 @@ def test_prompts_carry_all_decodes_at_the_balance() -> None:
     assert balanced_chunk(256 / 17, 18, high=512, tile=128) == 256
     assert balanced_chunk(512 / 17, 18, high=512, tile=128) == 512
     assert balanced_chunk(1.0, 4, low=256, high=512) == 256 and balanced_chunk(float("inf"), 4, high=512) == 512
+    assert balanced_chunk(1.0, 101, high=100, tile=64) == 64, "the next tile is beyond the largest chunk"
     assert balanced_chunk(1.0, 91, low=70, high=100, tile=64) == 90, "no tile within the bounds"
 
 

@@ -11,7 +11,6 @@ from transformers import PreTrainedModel
 
 from seqpar import comm
 from seqpar.hf.backbone import LMHead, ParallelBackbone
-from seqpar.kv import PagedKV
 from seqpar.ragged import RaggedBatch
 
 __all__ = ["Stepper"]
@@ -60,16 +59,7 @@ class Stepper:
                 '`model` must have prefill="ulysses" and decode="local", whose steps share one cache, got '
                 f"prefill={attend.prefill!r} and decode={attend.decode!r}; use `generate`"
             )
-        spec = backbone.cache_spec()
-        self.kv = PagedKV(
-            spec.num_layers,
-            num_pages,
-            page_size,
-            spec.num_kv_heads,
-            spec.head_dim,
-            dtype=spec.dtype,
-            device=spec.device,
-        )
+        self.kv = backbone.cache_spec().make(num_pages, page_size, None)
         self.vocab_size, self.calls = backbone.vocab_size, 0
         self._backbone, self._head = backbone, head
         self._has_tail = backbone.takes_tail()
