@@ -122,10 +122,11 @@ def test_the_crossover_is_the_first_context_from_which_on_shipping_is_faster(
 
 
 def test_between_two_numbers_of_requests_costs_go_straight() -> None:
-    costs = MethodCosts(Curve.line(0.0, 0.0), {5: Curve((0, 10), (0.0, 30.0)), 1: Curve((0, 10), (0.0, 10.0))})
+    costs = MethodCosts(Curve.line(0.0, 0.0), {5: Curve((0, 40), (0.0, 120.0)), 1: Curve((0, 10), (0.0, 10.0))})
     assert [costs.seconds(n, 10) for n in (1, 2, 4, 5, 9)] == [10.0, 15.0, 25.0, 30.0, 30.0]
     assert list(costs.context) == [1, 5]
-    both = DecodeCosts(costs, MethodCosts(Curve.line(1.0, 0.0), {1: Curve.line(0.0, 0.0)}))
+    both = DecodeCosts(costs, MethodCosts(Curve.line(1.0, 0.0), {1: Curve((0, 3), (0.0, 0.0))}))
+    assert both.longest == 10  # forty tokens of five requests are eight of each
     assert DecodeCosts.from_json(both.to_json()) == both
 
 
