@@ -51,6 +51,7 @@ def test_what_is_refused_changes_nothing() -> None:
         (lambda: table.follow(compaction.plan([True, False], "tail")), r"occupied rows \(3 in all\)"),
         (lambda: table.follow(compaction.plan([False, True, True], "tail")), r"`plan` must be made of .* for \[0, 2\]"),
         (lambda: table.follow(compaction.CompactionPlan(0, ((0, 2),), 1, 3)), "`plan` must be made of"),
+        (lambda: table.follow(compaction.CompactionPlan(0, ((1, 2),), 2, 3)), "`plan` must be made of"),
         (lambda: SlotTable(-1), "`num_rows` must be at least 0, got -1"),
     ]:
         with pytest.raises(ValueError, match=message):
