@@ -314,7 +314,7 @@ TestHistory.settings = settings(max_examples=60, stateful_step_count=20, deadlin
 
 @pytest.mark.slow
 class TestLongHistory(History.TestCase):
-    settings = settings(max_examples=500, stateful_step_count=50, deadline=None)
+    settings = settings(max_examples=150, stateful_step_count=50, deadline=None)
 
 
 def filled(page_size: int = 4, num_pages: int = 9, **tokens: int) -> tuple[PagedKV, dict[Hashable, list[int]]]:
