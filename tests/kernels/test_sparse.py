@@ -95,9 +95,9 @@ def test_long_blocks_in_low_precision(dtype: torch.dtype) -> None:
 
 
 def sketched(keys: int, dim: int, seed: int, spread: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
-    """Keys of two heads far from the origin, queries of three, and the keys as a sketch has them."""
+    """Keys of two heads far from the origin, that vary less and less, queries of three, and the keys as sketched."""
     rng = torch.Generator().manual_seed(seed)
-    mix = torch.randn(2, dim, dim, generator=rng) / dim**0.5
+    mix = torch.randn(2, dim, dim, generator=rng) / dim**0.5 * 0.85 ** torch.arange(dim)[:, None]
     k = torch.einsum("ngd,gde->nge", torch.randn(keys, 2, dim, generator=rng), mix) * spread + 3
     q = torch.randn(50, 3, dim, generator=rng)
     scales, codes = encode_sketch(k, q, (0, 0, 1))
@@ -106,9 +106,12 @@ def sketched(keys: int, dim: int, seed: int, spread: float = 1.0) -> tuple[Tenso
     return k, q, decode_sketch(scales, codes, dim)
 
 
-@pytest.mark.parametrize(("dim", "share"), [(32, 0.12), (64, 0.12), (8, 0.12), (5, 0.3), (1, 0.12)])
+@pytest.mark.parametrize(("dim", "share"), [(64, 8e-4), (32, 56e-4), (8, 0.09), (5, 0.15), (1, 0.125)])
 def test_a_sketch_tells_scores_apart_in_two_bits_a_number(dim: int, share: float) -> None:
-    """Two bits a coordinate lose 12 % of a normal variance; more where half of 5 coordinates are left out."""
+    """Two bits of every channel lose 12 % of a normal variance; shared out they lose the less the less alike they are.
+
+    Of 64 that fade by 15 % each 0.04 % is lost, 0.11 % if queries did not count, 1.2 % with equal shares.
+    """
     k, q, found = sketched(600, dim, 3)
     assert sketch_bytes(dim)[1] == -(-2 * dim // 8)
     for head, own in ((0, slice(0, 2)), (1, slice(2, 3))):

@@ -59,7 +59,7 @@ def exact(mesh: comm.DeviceMesh, cases: list[Case], policy: Policy) -> None:
         assert found.bound is None and found.rounds == (groups.sp.size() > 1)
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+@pytest.mark.parametrize("ranks", thinned([1, 2, 3, 4], lambda ranks: ranks in (1, 3)))
 def test_one_level_of_degree_one_is_exact(ranks: int) -> None:
     run_mesh((1, ranks), exact, CASES, Strided(((ranks, 1),), sinks=0, recent=0))
 
@@ -94,7 +94,13 @@ def visible(key: int, own: int, window: int | None) -> bool:
 
 
 def check_heads(
-    found: CSAResult, rows: slice, core: CSAAttention, qkv: list[Tensor], asked: list[int], keys: list[list[list[int]]]
+    found: CSAResult,
+    rows: slice,
+    core: CSAAttention,
+    qkv: list[Tensor],
+    asked: list[int],
+    keys: list[list[list[int]]],
+    tolerance: float = 1e-11,
 ) -> None:
     """These rows are attention to `keys[KV head]`: of each group of r the one whose turn it is, with log r added."""
     q, k, v = qkv
@@ -103,8 +109,9 @@ def check_heads(
         weight = torch.tensor([len(group) for group in keys[of]], dtype=torch.float64).log()
         seen = torch.tensor([[visible(group[-1], own, core.window) for group in keys[of]] for own in asked])
         scores = (q[:, head] @ k[index, of].T * core.softmax_scale + weight).masked_fill(~seen, -torch.inf)
-        torch.testing.assert_close(found.lse[rows, head], scores.logsumexp(1), rtol=1e-11, atol=1e-12)
-        torch.testing.assert_close(found.out[rows, head], scores.softmax(1) @ v[index, of], rtol=1e-11, atol=1e-12)
+        torch.testing.assert_close(found.lse[rows, head], scores.logsumexp(1), rtol=tolerance, atol=tolerance)
+        out = scores.softmax(1) @ v[index, of]
+        torch.testing.assert_close(found.out[rows, head], out, rtol=tolerance, atol=tolerance)
 
 
 def defined(mesh: comm.DeviceMesh, cases: list[Case], policy: Strided) -> None:
@@ -424,7 +431,8 @@ def chosen_by_hand(mesh: comm.DeviceMesh, cases: list[Case], policy: TopMass) ->
                             if block[0] not in chosen:
                                 k[block, of], v[block, of] = keys[:, of], value[of]
                     every = [[key] for key in (*there[request], *chain(*blocks[request]))]
-                    check_heads(found, rows, core, [new[0][rows], k, v], asked, [every] * core.num_kv_heads)
+                    # Sketches are decoded in float32, here with others beside them.
+                    check_heads(found, rows, core, [new[0][rows], k, v], asked, [every] * core.num_kv_heads, 1e-6)
         assert found.rounds == 3 and row == len(found.out)
     return counts
 
@@ -513,8 +521,8 @@ def wanted_of(
 
 @pytest.mark.parametrize("ranks", thinned([3, 2, 4], lambda ranks: ranks == 3))
 def test_what_is_chosen_is_what_the_definition_says(ranks: int) -> None:
-    for policy in MASSES:
-        counts = [count for found in run_mesh((1, ranks), chosen_by_hand, CASES[:7], policy) for count in found]
+    for policy, cases in zip(MASSES, (CASES[:7], CASES[2:7:2]), strict=True):
+        counts = [count for found in run_mesh((1, ranks), chosen_by_hand, cases, policy) for count in found]
         share = sum(some for some, _ in counts) / sum(every for _, every in counts)
         assert 0.1 < share < 0.9, share
 
