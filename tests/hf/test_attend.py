@@ -108,7 +108,7 @@ def test_beside_other_techniques() -> None:
     run_mesh((1, 2), same, "qwen3_moe", {**ring, "experts": "ep"})
     run_mesh((2, 1), same, "qwen3", {**ring, "overlap": Interleave(3, min_tokens=4)})
     run_mesh((1, 2), same, "mistral", {**ring, "overlap": Interleave(cuts=(1, 7, 13), min_tokens=14)})
-    shift = Shift(((1, Layout(4, 1)), (5, Layout(2, 2)), (12, Layout(1, 4))))
+    shift = Shift(((1, Layout(4, 1)), (5, Layout(2, 2)), (30, Layout(1, 4))))
     for pair in PAIRS[1:]:
         run_mesh((1, 4), same, "qwen3", {"prefill": pair[0], "decode": pair[1], "shift": shift})
     run_mesh((1, 2), same, "qwen3", {"decode": "qship", "pipeline": ThreePhase(2, 2)})
@@ -167,8 +167,8 @@ def test_policies_send_less() -> None:
 
 
 COSTS = DecodeCosts(  # ships from 14 cached tokens of one request on, from 7 of two
-    MethodCosts(Curve((1,), (1e-5,)), Curve((0, 100), (0.0, 1e-3))),
-    MethodCosts(Curve((1,), (1e-5 + 6.7e-5,)), Curve((0, 100), (0.0, 5e-4))),
+    MethodCosts(Curve((1,), (1e-5,)), {1: Curve((0, 100), (0.0, 1e-3))}),
+    MethodCosts(Curve((1,), (1e-5 + 6.7e-5,)), {1: Curve((0, 100), (0.0, 5e-4))}),
 )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import pytest
@@ -13,6 +14,8 @@ from transformers.cache_utils import DynamicCache
 
 from seqpar.hf.cache import CacheSpec, CacheStore, ParallelCache, store_of
 from seqpar.hf.padding import Padding
+from seqpar.kv import PagedKV, StripedKV
+from seqpar.partition import Striping
 
 SPEC = CacheSpec(2, 1, 1, torch.float32, torch.device("cpu"))
 Rows = list[list[int | None]]  # a token, or None where there was padding
@@ -111,6 +114,31 @@ def test_a_step_that_was_not_committed_is_forgotten() -> None:
     kept = store_of(cache, 2)
     kept.begin(Padding.plan((2, 3), None, 2, None), torch.zeros(6, dtype=torch.long), SPEC)
     check(cache, append(cache, rows, [[5], [6]]))
+
+
+def test_a_cache_that_moves_forgets_a_step_that_failed_and_stays_where_it_cannot_move() -> None:
+    cache, there = ParallelCache(), SPEC._replace(striping=Striping(1))
+    append(cache, [[], []], [[1, 2], [3, 4]])
+    store = store_of(cache, 2)
+    store.begin(Padding.plan((2, 3), None, 2, None), torch.zeros(6, dtype=torch.long), SPEC)
+
+    def move(source: PagedKV, target: PagedKV, requests: Sequence[Hashable]) -> None:
+        batch = target.batch(requests, [source.length(request) for request in requests])
+        assert batch.q_lens == (2, 2)
+        for layer in range(2):
+            target.append(layer, *source.gather(layer, requests), batch)
+
+    def fail(*_: Any) -> None:
+        raise ValueError("nothing moves")
+
+    with pytest.raises(ValueError, match="nothing moves"):
+        store.move(2, SPEC, there, fail)
+    assert store.home == "heads" and store.spec == SPEC
+    with pytest.raises(ValueError, match=r"`input_ids` must have one row per cached request \(2\), got 3"):
+        store.move(3, SPEC, there, move)
+    store.move(2, SPEC, there, move)
+    assert store.home == "tokens" and isinstance(store.kv, StripedKV)
+    check(cache, [[1, 2], [3, 4]])
 
 
 def test_bounded_memory() -> None:

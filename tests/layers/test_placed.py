@@ -80,6 +80,28 @@ def test_windows() -> None:
     run_mesh((1, 2), attends, "zigzag", 1, 1)
 
 
+def kinds(mesh: comm.DeviceMesh, placement: Placement) -> list[str]:
+    """What a step yields, in order."""
+    group, heads = comm.groups(mesh).sp, HeadMap(2, 1)
+    layer = PlacedCore(
+        RingAttention(heads, 4, group=group, placement=placement), beside=UlyssesAttention(heads, 4, group=group)
+    )
+    kv = StripedKV(1, 1, 8, 1, 4, striping=Striping(1), rank=0)
+    program, found = layer.steps(torch.zeros(3, 16), kv.batch("a", [3]), kv=kv), []
+    try:
+        item = next(program)
+        while True:
+            found.append(item.kind if isinstance(item, comm.Mark) else "handle")
+            item = program.send(item.wait())
+    except StopIteration:
+        return found
+
+
+def test_later_chunks_wait_until_the_keys_are_cached() -> None:
+    assert run_mesh((1, 1), kinds, "striped") == [["mark"]]
+    assert run_mesh((1, 1), kinds, "contiguous") == [["open", "handle", "close"]]
+
+
 def refused(mesh: comm.DeviceMesh) -> None:
     group, heads = comm.groups(mesh).sp, HeadMap(4, 2, 1, 2)
     beside = UlyssesAttention(heads, 8, group=group)
