@@ -85,10 +85,12 @@ class Sharpness(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """All texts of one length, read by the whole model."""
+    """All texts of one length, read by the whole model; `dense_loss` is of the same ones."""
 
     length: int
     method: str
+    tokens: int
+    dense_loss: float
     bytes_ratio: float
     kl: float  # nats per token
     loss: float  # nats per token of source
@@ -108,12 +110,16 @@ class Found(NamedTuple):
 
 def methods(quick: bool) -> list[Method]:
     """The dense exchange first."""
-    from seqpar.layers.csa import Strided
+    from seqpar.layers.csa import Certified, Strided, TopMass
 
     found = [Method("dense", "dense", None)]
     found.append(Method("Strided, as released, 1/4", "as released", Strided(((1, 1), (4, 4)), faithful=True)))
     for r in (4,) if quick else (2, 4, 8):
         found.append(Method(f"Strided, 1/{r}", "Strided", Strided(((4, r),))))
+    for coverage in (0.9,) if quick else (0.8, 0.9, 0.95, 0.99):
+        found.append(Method(f"TopMass({coverage})", "TopMass", TopMass(coverage)))
+    for epsilon in (0.03, 0.0) if quick else (0.1, 0.03, 0.01, 0.001, 0.0):
+        found.append(Method(f"Certified({epsilon:g})", "Certified", Certified(epsilon), epsilon))
     return found
 
 
@@ -281,8 +287,8 @@ def read_by(method: Method, text: Text, reader: Reader, dense: Read | None, *, d
     return read, over_ranks(torch.cat([part.double() for part in numbers]))
 
 
-def reading_of(sums: Tensor, method: Method, texts: Sequence[Text], reader: Reader) -> Reading:
-    """The sums over all texts, of all ranks, as numbers for people."""
+def reading_of(sums: Tensor, exact: Tensor, method: Method, texts: Sequence[Text], reader: Reader) -> Reading:
+    """The sums over all texts, of all ranks, by a method and by the dense exchange, as numbers for people."""
     config, length = reader.model.config, len(texts[0].ids)
     dense = config.num_hidden_layers * dense_bytes(length, config.num_key_value_heads, config.head_dim) * len(texts)
     sent, kl, loss, source, same, *rest = sums.tolist()
@@ -290,7 +296,18 @@ def reading_of(sums: Tensor, method: Method, texts: Sequence[Text], reader: Read
     hits, asked = rest[: len(distances)], rest[len(distances) : -2]
     retrieval = {d: (int(a), int(b)) for d, a, b in zip(distances, hits, asked, strict=True)}
     decode = int(rest[-2]), int(rest[-1])
-    return Reading(length, method.name, sent / dense, kl / tokens, loss / source, same / tokens, retrieval, decode)
+    return Reading(
+        length,
+        method.name,
+        length * len(texts),
+        float(exact[2] / exact[3]),
+        sent / dense,
+        kl / tokens,
+        loss / source,
+        same / tokens,
+        retrieval,
+        decode,
+    )
 
 
 # Shapes.
@@ -365,7 +382,8 @@ def measure(
                 found.cases.extend(cases)
                 found.sharpness.extend(sharpness)
         found.readings.extend(
-            reading_of(torch.stack(numbers).sum(0), method, those, reader) for method, numbers in sums.items()
+            reading_of(torch.stack(numbers).sum(0), torch.stack(sums[chosen[0]]).sum(0), method, those, reader)
+            for method, numbers in sums.items()
         )
         if part and not dist.get_rank():
             store(part, storable(found))
@@ -437,6 +455,11 @@ def accuracy(reading: Reading) -> float:
     return 100 * sum(hits / asked for hits, asked in reading.retrieval.values()) / len(reading.retrieval)
 
 
+def more_perplexity(reading: Reading) -> float:
+    """Beside the dense one's, in %."""
+    return 100 * math.expm1(reading.loss - reading.dense_loss)
+
+
 def rows_of(summaries: Sequence[Summary], chosen: Sequence[Method]) -> list[Row]:
     """What was promised."""
     rows, by_name = [], {method.name: method for method in chosen}
@@ -500,19 +523,20 @@ def _methods_table(entries: Sequence[Summary]) -> list[str]:
     dense = entries[0].reading
     lines = [
         "| | bytes ÷ dense: model | heads, median | p90 | error ÷ max &#124;v&#124;: worst | mean | "
-        "largest certificate | relative error | KL, mnats | perplexity | same token | retrieval | by decode |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+        "largest certificate | relative error | tokens read | KL, mnats | perplexity | same token | retrieval | "
+        "by decode |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for entry in entries:
         reading = entry.reading
         assert reading is not None and dense is not None
         certificate = "" if entry.certificate is None else f"{entry.certificate:.2g}"
-        more = 100 * math.expm1(reading.loss - dense.loss)
-        perplexity = f"{math.exp(reading.loss):.2f}" if reading is dense else f"{more:+.2f} %"
+        perplexity = f"{math.exp(reading.loss):.2f}" if reading is dense else f"{more_perplexity(reading):+.2f} %"
         lines.append(
             f"| {entry.method} | {reading.bytes_ratio:.3f} | {entry.bytes_median:.3f} | {entry.bytes_p90:.3f} | "
-            f"{entry.worst:.2g} | {entry.mean:.2g} | {certificate} | {entry.relative:.2g} | {1000 * reading.kl:.3g} | "
-            f"{perplexity} | {100 * reading.same:.1f} % | {accuracy(reading):.1f} % | {share(reading.decode)} |"
+            f"{entry.worst:.2g} | {entry.mean:.2g} | {certificate} | {entry.relative:.2g} | {reading.tokens} | "
+            f"{1000 * reading.kl:.3g} | {perplexity} | {100 * reading.same:.1f} % | {accuracy(reading):.1f} % | "
+            f"{share(reading.decode)} |"
         )
     return lines
 
@@ -587,11 +611,9 @@ def picture(path: Path, summaries: Sequence[Summary], chosen: Sequence[Method], 
     figure, grid = plt.subplots(len(lengths), 4, figsize=(15, 3.6 * len(lengths)), layout="constrained", squeeze=False)
     for panels, length in zip(grid, lengths, strict=True):
         entries = [entry for entry in summaries if entry.length == length]
-        dense = entries[0].reading
-        assert dense is not None
         for name in dict.fromkeys(family[entry.method] for entry in entries):
             these = [entry for entry in entries if family[entry.method] == name and entry.reading is not None]
-            for panel, (values, label, scale) in zip(panels, _panels(these, dense), strict=True):
+            for panel, (values, label, scale) in zip(panels, _panels(these), strict=True):
                 heads = label.startswith("error")
                 across = [e.bytes_median if heads else e.reading.bytes_ratio for e in these if e.reading is not None]
                 panel.plot(across, values, "*" if name == "dense" else "o-", markersize=5, label=name)
@@ -603,12 +625,12 @@ def picture(path: Path, summaries: Sequence[Summary], chosen: Sequence[Method], 
     plt.close(figure)
 
 
-def _panels(entries: Sequence[Summary], dense: Reading) -> list[tuple[list[float], str, str]]:
+def _panels(entries: Sequence[Summary]) -> list[tuple[list[float], str, str]]:
     readings = [entry.reading for entry in entries if entry.reading is not None]
     return [
         ([entry.worst for entry in entries], "error ÷ max |v|, worst query of any head", "log"),
         ([max(1000 * reading.kl, 1e-2) for reading in readings], "KL to dense, mnats per token", "log"),
-        ([100 * math.expm1(reading.loss - dense.loss) for reading in readings], "perplexity, change in %", "linear"),
+        ([more_perplexity(reading) for reading in readings], "perplexity, change in %", "linear"),
         ([accuracy(reading) for reading in readings], "retrieval, % (mean over distances)", "linear"),
     ]
 
@@ -669,12 +691,14 @@ def main() -> None:
         "--lengths", type=int, nargs="*", default=LENGTHS, help="tokens of a text; none to report alone"
     )
     arguments.add_argument("--tokens", type=int, help="read at each length")
-    arguments.add_argument("--only", nargs="+", default=(), metavar="FAMILY", help="policies beside the dense exchange")
+    arguments.add_argument(
+        "--only", nargs="+", default=(), metavar="NAME", help="policies, or families, beside the dense exchange"
+    )
     arguments.add_argument("--add", type=Path, nargs="+", default=(), metavar="JSON", help="what other runs wrote")
     arguments.epilog = "a run that is stopped leaves FILE.part.json, for --add"
     args = arguments.parse_args()
     everything = methods(args.quick)
-    chosen = [m for m in everything if m.policy is None or not args.only or m.family in args.only]
+    chosen = [m for m in everything if m.policy is None or not args.only or {m.family, m.name} & set(args.only)]
     lengths, tokens = ((512,), 512) if args.quick else (tuple(args.lengths), args.tokens)
     texts = {n: draw(n, max(1, (tokens or (TOKENS if n >= LONG else FEWER)) // n)) for n in lengths}
     shape_tokens = 256 if args.quick else SHAPE_TOKENS

@@ -288,7 +288,7 @@ def test_targets_of_sparse_attention(csa) -> None:
         return csa.Case(4096, 0, 0, 0, certified.name, ratio, 0.02, 0.01, 0.001, 0.01, 0.029, broken, 3)
 
     def reading(method: str, ratio: float, hits: int) -> object:
-        return csa.Reading(4096, method, ratio, 0.0, 1.0, 1.0, {32: (hits, 100), 64: (100, 100)}, (1, 2))
+        return csa.Reading(4096, method, 8192, 1.0, ratio, 0.0, 1.0, 1.0, {32: (hits, 100), 64: (100, 100)}, (1, 2))
 
     readings = [reading("dense", 1.0, 100), reading("TopMass(0.5)", 0.2, 97), reading("TopMass(0.9)", 0.3, 100)]
     summaries = [csa.summary_of([case(1.0, 0)._replace(method=r.method, certificate=None)], r) for r in readings]
@@ -310,7 +310,7 @@ def test_measurements_are_stored_and_joined(csa, tmp_path: Path) -> None:
 
     def run(*names: str, error: float = 0.5) -> object:
         cases = [csa.Case(8, 0, 1, 0, name, 0.5, error, 0.1, 0.1, math.nan, None, 0, 1) for name in names]
-        readings = [csa.Reading(8, name, 0.5, 0.1, 2.0, 1.0, {32: (3, 4)}, (1, 2)) for name in names]
+        readings = [csa.Reading(8, name, 8, 2.0, 0.5, 0.1, 2.0, 1.0, {32: (3, 4)}, (1, 2)) for name in names]
         return csa.Found(cases, [csa.Sharpness(8, 0, 1, 0, 3.0, 0.5, 0.9, 7.0)], readings, cases)
 
     file = tmp_path / "run.json"
