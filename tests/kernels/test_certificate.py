@@ -85,7 +85,8 @@ def test_no_error_exceeds_the_bound(kind: str, seed: int, sharp: float, wide: fl
     assert (bound <= 2.01 * (near_v.norm(dim=-1) + radii[3]).amax() * (1 + 1e-4)).all()
     double = [x.double() for x in (q, near_k, near_v, radii, reach)]
     out, lse, least = reference.certificate(*double, seen, **options)
-    assert ((out - wanted).norm(dim=-1) <= least * (1 + 1e-9) + 1e-12 * wide).all()
+    if off * sharp < 10:  # else e^delta times what float64 drops is no longer small
+        assert ((out - wanted).norm(dim=-1) <= least * (1 + 1e-9) + 1e-12 * wide).all()
     # A distance is not known better than to 0.003 of the longest value, and counts as much as logits are off.
     room = 3e-3 * least + 1e-2 * near_v.norm(dim=-1).amax() * (reach.double() * radii[0].amax() + 1e-2)
     if off * sharp < 0.3 and sharp < 60:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from seqpar.kernels.bitplanes import pytorch, reference
 from seqpar.kernels.bitplanes.pytorch import pack_bits, unpack_bits
-from seqpar.kernels.bitplanes.reference import PLANES, Boxes, encode, fit, planes, round_up
+from seqpar.kernels.bitplanes.reference import PLANES, Boxes, encode, finest, fit, planes, round_up
 from seqpar.kernels.dispatch import Backend, unknown_backend
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "Boxes",
     "decode",
     "encode",
+    "finest",
     "fit",
     "pack",
     "pack_bits",

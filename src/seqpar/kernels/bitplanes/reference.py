@@ -17,9 +17,22 @@ import torch
 from jaxtyping import BFloat16, Bool, Float, Float32, Float64, Int, Int8, Int32, UInt8
 from torch import Tensor
 
-__all__ = ["PLANES", "Boxes", "corners", "decode", "encode", "fit", "pack", "planes", "radii", "round_up", "unpack"]
+__all__ = [
+    "PLANES",
+    "Boxes",
+    "corners",
+    "decode",
+    "encode",
+    "finest",
+    "fit",
+    "pack",
+    "planes",
+    "radii",
+    "round_up",
+    "unpack",
+]
 
-PLANES = 16
+PLANES = 24
 """Bits of a whole code."""
 
 
@@ -59,11 +72,21 @@ def encode(x: Float64[Tensor, "c b m d"], boxes: Boxes) -> Int32[Tensor, "c b m 
 
 def planes(boxes: Boxes, level: Int[Tensor, "c b m"]) -> Int32[Tensor, "c b m d"]:
     """How many bits of each number its token's level holds; a level may be negative."""
-    mantissa, exponent = torch.frexp(corners(boxes)[1])
-    nearest = exponent - (mantissa < 0.5**0.5).int()  # of the logarithm, without one that machines might round apart
-    found = (level[..., None].int() + nearest).clamp(0, PLANES)
-    held: Tensor = found.where(mantissa > 0, 0)
+    size = _magnitude(boxes)
+    held: Tensor = (level[..., None].int() + size).clamp(0, PLANES).where(boxes.width[:, :, None] > 0, 0)
     return held
+
+
+def finest(boxes: Boxes) -> Int32[Tensor, "c b"]:
+    """The level from which on a block's widest channel has no more bits."""
+    return PLANES - _magnitude(boxes)[:, :, 0].amax(-1)
+
+
+def _magnitude(boxes: Boxes) -> Int32[Tensor, "c b 1 d"]:
+    """The nearest integer to the logarithm of every box's size, without a logarithm that machines might round apart."""
+    mantissa, exponent = torch.frexp(corners(boxes)[1])
+    found: Tensor = exponent - (mantissa < 0.5**0.5).int()
+    return found
 
 
 def pack(

@@ -57,11 +57,12 @@ class Terms:
         self.plain = 2 * ROUNDOFF * (len(k) + 40)
         v_squares = v.square().sum(-1)
         nothing = k.new_zeros(())
-        largest_key = softmax_scale * k.square().sum(-1).amax().sqrt() if len(k) else nothing
+        self.key_norms = k.square().sum(-1).sqrt()
         self.most = (v_squares.sqrt() + self.value[0]).amax() if len(v) else nothing
-        self.logit_error = 1.05 * ROUNDOFF * (q.shape[1] + 16) * q.norm(dim=-1) * largest_key + 1e-30
+        self.slip = 1.05 * ROUNDOFF * (q.shape[1] + 16) * softmax_scale * q.norm(dim=-1)
         scores = (q @ k.T).mul_(softmax_scale).masked_fill_(~seen, -torch.inf)
         top = scores.amax(-1, keepdim=True) if len(k) else scores.new_full((len(q), 1), -torch.inf)
+        self.shift_error = (2 * ROUNDOFF * top[:, 0].abs()).where(top[:, 0] > -torch.inf, 0) + 1e-30
         self.p = scores.sub_(top.where(top > -torch.inf, 0)).exp_()
         total = self._sums(self.p, torch.ones_like(k[:, 0])).sum(-1)
         self.p /= total.where(total > 0, 1)[:, None]
@@ -74,7 +75,7 @@ class Terms:
 
     def bound(self) -> Float[Tensor, " r"]:
         """The certificate of every query."""
-        delta = torch.outer(self.reach, self.key[0]).add_(self.logit_error[:, None])
+        delta = torch.outer(self.reach, self.key[0]).addr_(self.slip, self.key_norms).add_(self.shift_error[:, None])
         grown = delta.clamp(max=WORST).expm1_()
         kept = (self.p / (1 + grown)).sum(-1) * (1 - self.plain)
         steep = self.p * grown.div_(delta)
@@ -84,7 +85,7 @@ class Terms:
         bound = (turned / least.where(least > 0, 1) + self.moved) * (1 + self.guard)
         bound = bound + (self.guard + 1e-9) * self.most
         largest = self.key[0].amax() if len(self.key[0]) else self.most
-        tame = self.reach * largest + self.logit_error < WORST
+        tame = self.reach * largest + self._logit_error() < WORST
         widest = (self.out.norm(dim=-1) + self.most) * (1 + self.guard)
         certain = tame & (least > 0) & (bound < widest)
         return bound.where(certain, widest).where(self.lse > -torch.inf, 0)
@@ -100,7 +101,9 @@ class Terms:
 
     def doubt(self) -> Float[Tensor, " r"]:
         """How far the log-sum-exp of exact keys is off."""
-        found: Tensor = (self.logit_error + self.guard + 4 * ROUNDOFF * self.lse.abs()).where(self.lse > -torch.inf, 0)
+        found: Tensor = (self._logit_error() + self.guard + 4 * ROUNDOFF * self.lse.abs()).where(
+            self.lse > -torch.inf, 0
+        )
         return found
 
     def pressures(self) -> tuple[Float[Tensor, "r m"], Float[Tensor, "r m"]]:
@@ -111,9 +114,16 @@ class Terms:
         self._spread(self.p, self.value, v)
         return k[:, remote:] * self.reach[:, None], v[:, remote:]
 
+    def _logit_error(self) -> Tensor:
+        """What rounding does to the logits of a query at most."""
+        longest = self.key_norms.amax() if len(self.key_norms) else self.most
+        found: Tensor = self.slip * longest + self.shift_error
+        return found
+
     def _turned(self, weight: Tensor) -> Tensor:
         """How far the errors of the logits turn a sum with these weights."""
-        rounded = self._sums(weight, torch.ones_like(weight[0])).sum(-1) * self.logit_error
+        rounded = self._sums(weight, self.key_norms).sum(-1) * self.slip
+        rounded = rounded + self._sums(weight, torch.ones_like(weight[0])).sum(-1) * self.shift_error
         found: Tensor = self._spread(weight, self.key) * self.reach + rounded
         return found
 

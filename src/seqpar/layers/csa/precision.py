@@ -310,6 +310,10 @@ class Source:
         peak = torch.where(last[None] & self.valid, self.peaks.to(self.dtype)[..., None], 0)
         return Tokens(k, v, torch.stack([_flat(r) for r in radii]), least, _flat(peak), self.positions.flatten())
 
+    def room(self) -> Int32[Tensor, "c k m"]:
+        """By how many levels each token may rise; beyond, its residual would no longer shrink as levels say."""
+        return (bitplanes.finest(self.boxes)[..., None] - self.level).clamp(min=0).where(self.valid, 0)
+
     def costs(self) -> Tensor:
         """Bits of one more level of each token, about."""
         more = bitplanes.planes(self.boxes, self.level + 3) - bitplanes.planes(self.boxes, self.level + 2)

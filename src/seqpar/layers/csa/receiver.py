@@ -137,7 +137,7 @@ class Receiver:
             for found, blocks, part in zip(gains, problem.blocks, gain.split(sizes, 1), strict=True):
                 for stream, own in zip(streams, part, strict=True):
                     found[stream, blocks] = own.view(-1, BLOCK)
-        return gains
+        return [torch.minimum(gain, source.room()) for gain, source in zip(gains, sources, strict=True)]
 
     def _gain(self, problem: Problem, cost: Tensor, target: float) -> Int32[Tensor, "two m"]:
         """Bits for the keys and values of a problem: planned, tried on the bound itself, and planned again."""
