@@ -94,6 +94,17 @@ def test_no_error_exceeds_the_bound(kind: str, seed: int, sharp: float, wide: fl
     torch.testing.assert_close(terms.lse.double(), lse, rtol=1e-4, atol=1e-3)
 
 
+def test_a_span_counts_heavy_rows_one_by_one() -> None:
+    """Weights of several magnitudes, over spans whose norm is small: as the definition adds them up."""
+    q, k, v, seen = spread_out(5, 3.0, 1.0)
+    radii = torch.rand(6, KEYS, generator=torch.Generator().manual_seed(5)) * torch.tensor([[1.0], [2], [0.7]] * 2)
+    radii[:, : OWN * BLOCK] = 0
+    options = {"block": BLOCK, "own": OWN, "spans": SPANS}
+    terms = Terms(q, k, v, radii, q.norm(dim=-1), seen, softmax_scale=1.0, **options)
+    wanted = reference.spread(terms.p.double(), radii[3:].double(), **options)
+    torch.testing.assert_close(terms.moved.double(), wanted, rtol=1e-4, atol=1e-6)
+
+
 def test_a_query_that_sees_nothing_is_nothing() -> None:
     q, k, v, seen = spread_out(0, 1.0, 1.0)
     seen[3] = False

@@ -84,7 +84,7 @@ class Certified(Policy):
     rope: RopeConfig | None = None
     first: tuple[int, int] = (4, 2)
     targets: tuple[float, ...] = (1.4, 1.0, 0.92)
-    plan_rows: int = 1024
+    plan_rows: int = 2048
 
     def __post_init__(self) -> None:
         if not (isfinite(self.epsilon) and self.epsilon >= 0):
