@@ -504,7 +504,7 @@ def tables_of(found: Found, summaries: Sequence[Summary], rows: Sequence[Row]) -
     verdict = {None: "", True: "met", False: "**missed**"}
     parts = ["### Targets", "", "| | value | target | |", "|---|---:|---:|---|"]
     parts += [
-        f"| {row.name} | {row.value:.3g} {row.unit} | {'' if row.target is None else f'{row.target:g}'} | "
+        f"| {row.name.replace('|', '&#124;')} | {row.value:.3g} {row.unit} | {'' if row.target is None else f'{row.target:g}'} | "
         f"{verdict[row.ok]} |"
         for row in rows
     ]
@@ -559,9 +559,10 @@ def _retrieval_table(readings: Sequence[Reading]) -> list[str]:
 
 
 def _heads_table(found: Found) -> list[str]:
-    """The longest texts: how sharp, and bytes by the certified methods; means over texts."""
-    length = max(entry.length for entry in found.sharpness)
-    names = list(dict.fromkeys(case.method for case in found.cases if case.certificate is not None))
+    """How sharp, and bytes by the certified methods, of the longest texts that they read; means over texts."""
+    certified = [case for case in found.cases if case.certificate is not None]
+    length = max(entry.length for entry in certified or found.sharpness)
+    names = list(dict.fromkeys(case.method for case in certified if case.length == length))
     lines = [
         f"| {length} tokens, layer.head | effective keys | remote mass, median | p90 | largest score at most | "
         f"{' | '.join(names)} |",
