@@ -504,8 +504,8 @@ def tables_of(found: Found, summaries: Sequence[Summary], rows: Sequence[Row]) -
     verdict = {None: "", True: "met", False: "**missed**"}
     parts = ["### Targets", "", "| | value | target | |", "|---|---:|---:|---|"]
     parts += [
-        f"| {row.name.replace('|', '&#124;')} | {row.value:.3g} {row.unit} | {'' if row.target is None else f'{row.target:g}'} | "
-        f"{verdict[row.ok]} |"
+        f"| {row.name.replace('|', '&#124;')} | {row.value:.3g} {row.unit} | "
+        f"{'' if row.target is None else f'{row.target:g}'} | {verdict[row.ok]} |"
         for row in rows
     ]
     for length, entries in groupby(summaries, lambda entry: entry.length):
