@@ -17,7 +17,7 @@ from seqpar.partition import Interleave, ThreePhase, even_ranges
 from tests.hf.tiny import tiny_model
 from tests.kernels.own_errors import own_errors
 from tests.layers.reference import name_of
-from tests.ranks import run_mesh
+from tests.ranks import run_mesh, thinned
 
 X = torch.arange(12.0).view(4, 3)
 Body = Callable[[ProcessGroup, int], object]
@@ -230,7 +230,9 @@ def generated(mesh: comm.DeviceMesh, options: dict[str, Any]) -> None:
     assert all(map(torch.equal, out.logits, expected.logits))
 
 
-@pytest.mark.parametrize("layout", [(1, 1), (2, 1), (1, 2), (2, 2)], ids=name_of)
+@pytest.mark.parametrize(
+    "layout", thinned([(1, 1), (2, 1), (1, 2), (2, 2)], ((1, 2), (2, 2)).__contains__), ids=name_of
+)
 def test_generation_runs_as_without(layout: tuple[int, int]) -> None:
     run_mesh(layout, generated, {})
     run_mesh(layout, generated, {"wire": "int8", "pipeline": ThreePhase(2, 2), "sequence_sharded": layout[0] > 1})

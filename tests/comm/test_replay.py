@@ -17,7 +17,7 @@ from seqpar.layers import ParallelDecoderLayer, name_modules
 from seqpar.partition import HeadMap, Interleave, ThreePhase, even_ranges
 from tests.hf.tiny import tiny_model
 from tests.layers.reference import DecoderLayer, name_of, rope
-from tests.ranks import run_mesh
+from tests.ranks import run_mesh, thinned
 
 DIM = 4
 
@@ -67,7 +67,11 @@ def passes(mesh: comm.DeviceMesh, cuts: Sequence[int], extra: int | None) -> Non
 
 
 @pytest.mark.parametrize("n", CUTS)
-@pytest.mark.parametrize("layout", [(1, 1), (2, 1), (3, 1), (1, 2), (1, 4), (2, 2)], ids=name_of)
+@pytest.mark.parametrize(
+    "layout",
+    thinned([(1, 1), (2, 1), (3, 1), (1, 2), (1, 4), (2, 2)], ((2, 1), (1, 2), (2, 2)).__contains__),
+    ids=name_of,
+)
 def test_interleaved_stacks_keep_every_edge(layout: tuple[int, int], n: int) -> None:
     run_mesh(layout, passes, CUTS[n], None)
     run_mesh(layout, passes, CUTS[n], n - 1)

@@ -102,6 +102,7 @@ def test_windows_norms_and_heads_that_nothing_divides(kind: str) -> None:
     run_mesh((1, 2), same, kind, {"prefill": "ulysses", "decode": "qship"})
 
 
+@pytest.mark.slow
 def test_beside_other_techniques() -> None:
     ring = {"prefill": "ring", "decode": "qship"}
     run_mesh((2, 2), same, "llama", {**ring, "sequence_sharded": True})

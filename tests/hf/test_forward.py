@@ -13,7 +13,7 @@ from seqpar import comm, hf, layers
 from seqpar.hf.cache import store_of
 from tests.hf import versions
 from tests.hf.tiny import ARCHITECTURES, exact_norms, left_padded, prompts, tiny_model
-from tests.ranks import LAYOUTS, run_mesh
+from tests.ranks import LAYOUTS, SMALL, run_mesh, thinned
 
 NAME = "tp={0[0]}-sp={0[1]}".format
 EXACT = {"rtol": 1e-9, "atol": 1e-9}  # float64 on both sides: some 1e-13 of rounding in values of order 1
@@ -62,7 +62,7 @@ def loss_and_gradients(mesh: comm.DeviceMesh, kind: str, sharded: bool) -> None:
         torch.testing.assert_close(gathered[name], param.grad, **EXACT, msg=lambda text, name=name: f"{name}: {text}")
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=NAME)
+@pytest.mark.parametrize("layout", thinned(LAYOUTS, SMALL.__contains__), ids=NAME)
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_loss_hidden_states_and_all_gradients(kind: str, layout: tuple[int, int]) -> None:
     run_mesh(layout, loss_and_gradients, kind, False)

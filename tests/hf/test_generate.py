@@ -12,7 +12,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from seqpar import comm, hf
 from tests.hf.tiny import ARCHITECTURES, left_padded, prompts, random_overrides, tiny_model
-from tests.ranks import LAYOUTS, run_mesh
+from tests.ranks import LAYOUTS, SMALL, run_mesh, thinned
 
 NAME = "tp={0[0]}-sp={0[1]}".format
 DECODINGS: dict[str, dict[str, Any]] = {
@@ -55,7 +55,7 @@ def logits(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         return model(ids, attention_mask=mask).logits[mask.bool()]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=NAME)
+@pytest.mark.parametrize("layout", thinned(LAYOUTS, SMALL.__contains__), ids=NAME)
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_greedy_tokens_of_a_left_padded_batch(kind: str, layout: tuple[int, int]) -> None:
     run_mesh(layout, decodes_as_transformers, kind, None, {})

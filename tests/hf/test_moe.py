@@ -38,7 +38,7 @@ def decodes_as_transformers(mesh: comm.DeviceMesh, kind: str, experts: str, opti
     assert torch.equal(generate(model, input_ids=ids, attention_mask=mask), expected[0])
 
 
-@pytest.mark.parametrize("layout", thinned(LAYOUTS, ((2, 1), (2, 2)).__contains__), ids=NAME)
+@pytest.mark.parametrize("layout", thinned(LAYOUTS, ((2, 2),).__contains__), ids=NAME)
 @pytest.mark.parametrize("experts", PLACES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_greedy_tokens_of_a_left_padded_batch(kind: str, experts: str, layout: tuple[int, int]) -> None:

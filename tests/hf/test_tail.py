@@ -49,9 +49,7 @@ def same(mesh: comm.DeviceMesh, kind: str, overlap: Any) -> None:
                     assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize(
-    "layout", thinned([(1, 2), (2, 1), (1, 3), (2, 2)], ((1, 2), (2, 2)).__contains__), ids=name_of
-)
+@pytest.mark.parametrize("layout", thinned([(1, 2), (2, 1), (1, 3), (2, 2)], ((2, 2),).__contains__), ids=name_of)
 def test_logits_and_cache(layout: tuple[int, int]) -> None:
     for overlap in ("off", Interleave(3, min_tokens=4), Interleave(cuts=(1, 10, 15), min_tokens=19)):
         run_mesh(layout, same, ARCHITECTURES[sum(layout) % 4], overlap)

@@ -13,7 +13,7 @@ from seqpar.partition import Interleave, ThreePhase
 from tests.hf.tiny import prompts, tiny_model
 from tests.kernels.own_errors import own_errors
 from tests.layers.reference import name_of
-from tests.ranks import run_mesh
+from tests.ranks import run_mesh, thinned
 
 
 def model_of(kind: str = "llama") -> Any:
@@ -41,7 +41,7 @@ def near(mesh: comm.DeviceMesh, sequence_sharded: bool) -> None:
                 assert count == before if ".layers." not in label else count.num_bytes < 0.5 * before.num_bytes, label
 
 
-@pytest.mark.parametrize("layout", [(2, 1), (1, 2), (2, 2)], ids=name_of)
+@pytest.mark.parametrize("layout", thinned([(2, 1), (1, 2), (2, 2)], (2, 2).__eq__), ids=name_of)
 def test_ranks_agree_and_only_the_layers_round(layout: tuple[int, int]) -> None:
     run_mesh(layout, near, False)
     if layout == (2, 1):

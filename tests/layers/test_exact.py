@@ -17,7 +17,7 @@ from seqpar.layers import ParallelDecoderLayer
 from seqpar.partition import HeadMap, even_ranges, even_split
 from seqpar.ragged import RaggedBatch
 from tests.layers.reference import DecoderLayer, name_of, rope, written_rows
-from tests.ranks import SMALL, run_mesh, thinned
+from tests.ranks import run_mesh, thinned
 
 DIM, LAYERS, HIDDEN = 64, 3, 96
 LAYOUTS = [(1, 1), (2, 1), (1, 2), (3, 1), (2, 2), (1, 4), (4, 1)]
@@ -129,7 +129,7 @@ def random_chunks(mesh: comm.DeviceMesh, dtype: torch.dtype, seed: int) -> None:
         assert counts[2] == 2 * stack.per_batch() + sum(extras[0])
 
 
-@pytest.mark.parametrize("layout", thinned(LAYOUTS, SMALL.__contains__), ids=name_of)
+@pytest.mark.parametrize("layout", thinned(LAYOUTS, ((1, 2), (2, 2)).__contains__), ids=name_of)
 def test_interleaved_chunks_are_the_chunks_in_turn(layout: tuple[int, int]) -> None:
     for seed, dtype in enumerate([*DTYPES.values(), torch.float64, torch.float64]):
         run_mesh(layout, random_chunks, dtype, 10 * sum(layout) + seed)
@@ -204,7 +204,9 @@ UNDER_A_WINDOW = ((192, 65), (64, 128, 192), 33)
 @pytest.mark.parametrize(
     "case", [WHOLE_REQUESTS, INSIDE_A_REQUEST, UNDER_A_WINDOW], ids=["whole-requests", "inside", "windowed"]
 )
-@pytest.mark.parametrize("layout", [(1, 1), (2, 1), (1, 2), (3, 1), (2, 2)], ids=name_of)
+@pytest.mark.parametrize(
+    "layout", thinned([(1, 1), (2, 1), (1, 2), (3, 1), (2, 2)], ((2, 1), (2, 2)).__contains__), ids=name_of
+)
 def test_chunks_are_the_whole_batch_where_rows_and_sums_are_invariant(
     layout: tuple[int, int], case: Any, dtype: torch.dtype
 ) -> None:

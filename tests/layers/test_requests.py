@@ -91,9 +91,7 @@ def same(mesh: comm.DeviceMesh, kind: str, pipelined: bool) -> None:
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-@pytest.mark.parametrize(
-    "layout", thinned([(2, 1), (1, 2), (2, 2), (1, 3)], ((1, 2), (2, 2)).__contains__), ids=name_of
-)
+@pytest.mark.parametrize("layout", thinned([(2, 1), (1, 2), (2, 2), (1, 3)], ((2, 2),).__contains__), ids=name_of)
 @pytest.mark.parametrize("kind", STEPS)
 def test_two_batches_by_turns_equal_one_after_the_other_bit_for_bit(kind: str, layout: tuple[int, int]) -> None:
     run_mesh(layout, same, kind, False)

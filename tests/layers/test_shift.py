@@ -290,7 +290,7 @@ def is_quick(p: int, model: Model) -> bool:
     ids=str,
 )
 def test_any_layout_serves_any_step(p: int, model: Model) -> None:
-    @settings(max_examples=3 if p < 4 else 2)
+    @settings(max_examples=2 if p < 4 else 1)
     @example(steps=MIXED)
     @given(steps=st.lists(STEP, min_size=1, max_size=6).map(tuple))
     def check(steps: Steps) -> None:

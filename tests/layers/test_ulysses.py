@@ -10,7 +10,7 @@ from seqpar.layers import ParallelMLP, ShardedModule, UlyssesAttention, iter_sou
 from seqpar.partition import HeadMap, even_ranges
 from seqpar.ragged import RaggedBatch
 from tests.layers.reference import MLP, attend, name_of
-from tests.ranks import LAYOUTS, run_mesh
+from tests.ranks import LAYOUTS, SMALL, run_mesh, thinned
 
 HEADS = {"mha": (4, 4), "gqa": (8, 2), "mqa": (6, 1), "uneven": (5, 5), "straddled": (14, 2)}
 
@@ -44,7 +44,7 @@ def attention(mesh: comm.DeviceMesh, num_heads: int, num_kv_heads: int, window: 
     return sent.total.calls
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=name_of)
+@pytest.mark.parametrize("layout", thinned(LAYOUTS, SMALL.__contains__), ids=name_of)
 @pytest.mark.parametrize("kind", HEADS)
 def test_attention_alone_equals_one_process(kind: str, layout: tuple[int, int]) -> None:
     for window in (None, 3):
@@ -78,7 +78,7 @@ def mlp(mesh: comm.DeviceMesh, hidden: int, sequence_sharded: bool) -> None:
         torch.testing.assert_close(got, torch.cat(pieces, source.dim), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=name_of)
+@pytest.mark.parametrize("layout", thinned(LAYOUTS, SMALL.__contains__), ids=name_of)
 @pytest.mark.parametrize("hidden", [8, 13, 3])
 def test_mlp_alone_equals_one_process(hidden: int, layout: tuple[int, int]) -> None:
     run_mesh(layout, mlp, hidden, False)

@@ -14,7 +14,7 @@ from seqpar.plan import Volume, closed_volume, layer_volumes
 from seqpar.ragged import RaggedBatch
 from tests.layers.reference import DecoderLayer, name_of, rope
 from tests.layers.test_decoder import HEAD_DIM, Case, my_tokens
-from tests.ranks import LAYOUTS, run_mesh
+from tests.ranks import LAYOUTS, SMALL, run_mesh, thinned
 
 HIDDEN = 11  # divides by nothing
 CASES = [
@@ -50,7 +50,7 @@ def counted(mesh: comm.DeviceMesh, case: Case, sizes: tuple[int, ...]) -> dict[t
     return found
 
 
-@pytest.mark.parametrize("base", LAYOUTS, ids=name_of)
+@pytest.mark.parametrize("base", thinned(LAYOUTS, SMALL.__contains__), ids=name_of)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_a_layer_sends_what_the_formulas_say(case: Case, base: tuple[int, int]) -> None:
     """Every collective, rank and reachable layout, to the byte: the least, and what the algorithms chosen send."""
