@@ -27,9 +27,9 @@ from seqpar.layers.mlp import ParallelMLP
 from seqpar.layers.moe import ExpertPlacement, ParallelMoE
 from seqpar.layers.norm import RMSNorm
 from seqpar.layers.overlap import OverlappedAttention, OverlappedMLP
-from seqpar.layers.placed import PlacedCore, placed_rows
+from seqpar.layers.placed import PlacedCore
 from seqpar.layers.qship import QShipDecodeAttention
-from seqpar.layers.ring import CachedKV, RingAttention
+from seqpar.layers.ring import CachedKV, RingAttention, placed_rows
 from seqpar.layers.striped import (
     heads_to_stripes,
     heads_to_stripes_steps,

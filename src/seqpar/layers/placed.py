@@ -22,29 +22,13 @@ from seqpar import comm
 from seqpar.comm import Mark, Steps
 from seqpar.kv import PagedKV, StripedKV
 from seqpar.layers.csa import CSAAttention
-from seqpar.layers.ring import CachedKV, RingAttention
+from seqpar.layers.ring import CachedKV, RingAttention, place_lens, placed_rows
 from seqpar.layers.striped import check_striped, tokens_to_stripes_steps
 from seqpar.layers.ulysses import UlyssesAttention
-from seqpar.partition import Placement, Range, place_tokens
+from seqpar.partition import Range
 from seqpar.ragged import RaggedBatch
 
-__all__ = ["PlacedCore", "placed_rows"]
-
-Rows = tuple[tuple[int, ...], ...]
-
-
-def placed_rows(batch: RaggedBatch, ranks: int, placement: Placement, *, interleave: int = 1) -> Rows:
-    """Which of a batch's tokens each of `ranks` holds, in its order, when each request is laid out by itself."""
-    key = ("placed.rows", ranks, placement, interleave)
-    rows: Rows | None = batch.plans.get(key)
-    if rows is None:
-        found: list[list[int]] = [[] for _ in range(ranks)]
-        for start, new, keys in zip(batch.q_starts, batch.q_lens, batch.kv_lens, strict=False):
-            placed = place_tokens(new, ranks, placement, interleave=interleave, first=keys - new)
-            for mine, runs in zip(found, placed, strict=True):
-                mine += [position + start - (keys - new) for run in runs for position in run.positions]
-        rows = batch.plans[key] = tuple(map(tuple, found))
-    return rows
+__all__ = ["PlacedCore"]
 
 
 class PlacedCore(nn.Module):
@@ -87,13 +71,7 @@ class PlacedCore(nn.Module):
 
     def rows(self, batch: RaggedBatch) -> Int64[Tensor, " t_local"]:
         """Which of the batch's tokens this rank holds, in the order in which the layer takes them."""
-        key = ("placed.index", self.inner.group.rank(), self.inner.placement, self.inner.interleave)
-        if key not in batch.plans:
-            with torch.inference_mode(False):
-                mine = self._held(batch)[self.inner.group.rank()]
-                batch.plans[key] = torch.tensor(mine, dtype=torch.int64, device=batch.device)
-        rows: Tensor = batch.plans[key]
-        return rows
+        return self.inner.rows(batch)
 
     def steps(
         self,
@@ -109,7 +87,7 @@ class PlacedCore(nn.Module):
         q, k, v = core.unpack(qkv)
         if cos is not None and sin is not None:
             cos, sin = cos[rows], sin[rows]
-        q, k = core._prepare(core.q_norm, q, cos, sin), core._prepare(core.k_norm, k, cos, sin)
+        q, k = core.prepare(core.q_norm, q, cos, sin), core.prepare(core.k_norm, k, cos, sin)
         cached = None
         if kv is not None:
             assert isinstance(kv, StripedKV), "`_check` refuses others"
@@ -146,10 +124,6 @@ class PlacedCore(nn.Module):
         """
         return comm.run(self.steps(qkv, batch, cos, sin, kv))
 
-    def _held(self, batch: RaggedBatch) -> Rows:
-        inner = self.inner
-        return placed_rows(batch, inner.group.size(), inner.placement, interleave=inner.interleave)
-
     def _append_steps(self, k: Tensor, v: Tensor, batch: RaggedBatch, kv: StripedKV) -> Steps[None]:
         """Bring the new keys and values to the ranks that cache them."""
         inner, layer = self.inner, self.beside.layer_index
@@ -158,8 +132,9 @@ class PlacedCore(nn.Module):
             kv.append_own(layer, k, v, batch)
             return
         yield Mark(layer, closes=False)
+        rows = placed_rows(batch, inner.group.size(), inner.placement, interleave=inner.interleave)
         yield from tokens_to_stripes_steps(
-            k, v, batch, kv, layer_index=layer, rows=self._held(batch), group=inner.group, label=self.label
+            k, v, batch, kv, layer_index=layer, rows=rows, group=inner.group, label=self.label
         )
         yield Mark(layer, opens=False)
 
@@ -171,11 +146,14 @@ class PlacedCore(nn.Module):
         key = ("placed.prefix", kv.striping, kv.rank)
         if key not in batch.plans:
             each = zip(batch.pages, kv.context(batch), strict=True)
-            slots = [kv.slots(pages, Range(0, held)) for pages, held in each]
+            slots = [kv.slots(pages, Range(0, own)) for pages, own in each]
+            striping = kv.striping
             with torch.inference_mode(False):
-                batch.plans[key] = torch.cat(slots).to(kv.device)
-        k, v = (x.flatten(0, 1)[batch.plans[key]] for x in kv.read(self.beside.layer_index, batch))
-        return CachedKV.placed(k, v, lens, kv.striping.ranks, "striped", interleave=kv.striping.interleave)
+                index = torch.cat(slots).to(kv.device)
+            batch.plans[key] = index, place_lens(lens, striping.ranks, "striped", interleave=striping.interleave)
+        index, held = batch.plans[key]
+        k, v = (x.flatten(0, 1)[index] for x in kv.read(self.beside.layer_index, batch))
+        return CachedKV(k, v, held)
 
     def _check(
         self,
@@ -193,7 +171,7 @@ class PlacedCore(nn.Module):
                 f"`qkv` must have shape {list(shape)} (the tokens `rows(batch)`, its shard's heads), "
                 f"got {list(qkv.shape)}"
             )
-        core._check_tables(batch, cos, sin)
+        core.check_tables(batch, cos, sin)
         if kv is None:
             return
         check_striped(kv, batch, group=group, heads=self.inner.num_kv_heads, head_dim=core.head_dim, dtype=qkv.dtype)

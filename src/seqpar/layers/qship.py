@@ -297,12 +297,12 @@ class QShipDecodeAttention(UlyssesAttention):
     ) -> tuple[Tensor, Tensor]:
         """Norms and rotary embedding of the tokens `rows`, before they travel, so that no rank repeats another's."""
         if cos is None or sin is None:
-            return self._prepare(self.q_norm, q, None, None), self._prepare(self.k_norm, k, None, None)
+            return self.prepare(self.q_norm, q, None, None), self.prepare(self.k_norm, k, None, None)
         cos, sin = cos[rows.start : rows.stop], sin[rows.start : rows.stop]
-        k = self._prepare(self.k_norm, k, cos, sin)
+        k = self.prepare(self.k_norm, k, cos, sin)
         if tail is not None:
             cos, sin = tail.take(cos, rows.start), tail.take(sin, rows.start)
-        return self._prepare(self.q_norm, q, cos, sin), k
+        return self.prepare(self.q_norm, q, cos, sin), k
 
     def _kv_head_of(self, q: Range, kv: Range) -> tuple[int, ...]:
         """Which of the KV heads `kv` each of the query heads `q` reads."""

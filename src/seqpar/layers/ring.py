@@ -50,11 +50,21 @@ from seqpar.layers.heads import HeadParameter
 from seqpar.partition import HeadMap, Held, Placement, Range, RingOrder, Run, Tile, place_tokens, ring_peers
 from seqpar.ragged import RaggedBatch
 
-__all__ = ["CachedKV", "PlacedAttention", "RingAttention", "RingCore", "attend_steps"]
+__all__ = [
+    "CachedKV",
+    "PartialSum",
+    "PlacedAttention",
+    "RingAttention",
+    "RingCore",
+    "RingStep",
+    "attend_steps",
+    "placed_rows",
+]
 
 T = TypeVar("T")
 Method = Literal["kv", "q"]
 Runs = tuple[tuple[Run, ...], ...]
+Rows = tuple[tuple[int, ...], ...]
 
 
 class CachedKV(NamedTuple):
@@ -73,7 +83,7 @@ class CachedKV(NamedTuple):
         cls, k: Tensor, v: Tensor, lens: Sequence[int], ranks: int, placement: Placement, *, interleave: int = 1
     ) -> CachedKV:
         """That many tokens of each request, laid out by one placement."""
-        return cls(k, v, _over(lens, [0] * len(lens), ranks, placement, interleave))
+        return cls(k, v, place_lens(lens, ranks, placement, interleave=interleave))
 
 
 class RingCore(NamedTuple):
@@ -123,15 +133,26 @@ class PlacedAttention(nn.Module):
         self.softmax_scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
         self.q_shard, self.kv_shard = heads.q_shard(tp_rank), heads.kv_shard(tp_rank)
         self.num_heads, self.num_kv_heads = self.q_shard.size, self.kv_shard.size
+        self.group_size = heads.group_size
         self.kv_head_of = tuple(head // heads.group_size - self.kv_shard.start for head in range(*self.q_shard))
 
     def rows(self, batch: RaggedBatch) -> Int64[Tensor, " t_local"]:
         """Which of the batch's tokens this rank holds, in the order in which the layer takes them."""
-        cached = [keys - new for keys, new in zip(batch.kv_lens, batch.q_lens, strict=True)]
-        mine = self._held(batch)[self.group.rank()]
-        starts = [start - old for start, old in zip(batch.q_starts, cached, strict=False)]
-        found = [p + start for runs, start in zip(mine, starts, strict=True) for run in runs for p in run.positions]
-        return torch.tensor(found, dtype=torch.int64, device=batch.device)
+        key = ("ring.rows", self.group.size(), self.group.rank(), self.placement, self.interleave)
+        if key not in batch.plans:
+            rows = placed_rows(batch, self.group.size(), self.placement, interleave=self.interleave)
+            with torch.inference_mode(False):
+                batch.plans[key] = torch.tensor(rows[self.group.rank()], dtype=torch.int64, device=batch.device)
+        found: Tensor = batch.plans[key]
+        return found
+
+    def own_keys(self, k: Tensor, v: Tensor, batch: RaggedBatch, cached: CachedKV | None) -> Float[Tensor, "n 2 g d"]:
+        """This rank's keys and values, each request's cached ones before its new ones."""
+        kv = torch.stack((k, v), 1)
+        if cached is None:
+            return kv
+        old = torch.stack((cached.k, cached.v), 1)
+        return joined_rows(old, cached.held, kv, self._held(batch), self.group.rank())
 
     def order(self, batch: RaggedBatch, cached: CachedKV | None = None) -> RingOrder:
         """What travels and what is computed for a batch; the same on every rank."""
@@ -139,7 +160,7 @@ class PlacedAttention(nn.Module):
         key = ("ring", self.group.size(), self.placement, self.interleave, self.window, held)
         if key not in batch.plans:
             new = self._held(batch)
-            kv = new if held is None else _beside(held, new)
+            kv = new if held is None else joined_held(held, new)
             batch.plans[key] = RingOrder(new, kv, self.window)
         order: RingOrder = batch.plans[key]
         return order
@@ -150,13 +171,12 @@ class PlacedAttention(nn.Module):
         return RingCore(self.group, "kv", self.head_dim, self.kv_head_of, self.softmax_scale, None, label)
 
     def _held(self, batch: RaggedBatch) -> Held:
-        firsts = [keys - new for keys, new in zip(batch.kv_lens, batch.q_lens, strict=True)]
-        return _over(batch.q_lens, firsts, self.group.size(), self.placement, self.interleave)
+        return placed_held(batch, self.group.size(), self.placement, interleave=self.interleave)
 
     def _check(self, q: Tensor, k: Tensor, v: Tensor, batch: RaggedBatch, cached: CachedKV | None) -> None:
         """Refuse what does not fit before the first collective."""
         rank, own = self.group.rank(), self._held(batch)
-        wanted = _count(own[rank])
+        wanted = count_tokens(own[rank])
         shapes = [(wanted, heads, self.head_dim) for heads in (self.num_heads, self.num_kv_heads, self.num_kv_heads)]
         if [tuple(x.shape) for x in (q, k, v)] != shapes or not q.dtype == k.dtype == v.dtype:
             raise ValueError(
@@ -243,9 +263,7 @@ class RingAttention(PlacedAttention):
         """See `forward`; yields at every hop, and with method "q" at every partial that comes back."""
         self._check(q, k, v, batch, cached)
         order = self.order(batch, cached)
-        kv = torch.stack((k, v), 1)
-        if cached is not None:
-            kv = _between(torch.stack((cached.k, cached.v), 1), cached.held, kv, order.q, self.group.rank())
+        kv = self.own_keys(k, v, batch, cached)
         return (yield from attend_steps(self.ring_core(), q, kv, order, batch, self._sinks_steps()))
 
     def forward(
@@ -318,7 +336,7 @@ def attend_steps(
         batch: whose plans remember what is the same in every layer.
         sinks: a program whose result is those of all heads here, or None. It runs beside the ring.
     """
-    ring = _Ring(core, order, batch, q.dtype)
+    ring = RingStep(core, order, batch, q.dtype)
     go_round = ring.pass_kv if core.method == "kv" else ring.pass_q
     coming = comm.start(sinks)
     try:
@@ -335,7 +353,7 @@ def attend_steps(
     return out
 
 
-class _Ring:
+class RingStep:
     """One step: its order, on this rank."""
 
     def __init__(self, core: RingCore, order: RingOrder, batch: RaggedBatch, dtype: torch.dtype) -> None:
@@ -346,9 +364,16 @@ class _Ring:
         self.memory: dict[tuple[Any, ...], Any] = batch.plans.setdefault(("ring.memory", order, self.rank), {})
         self.options: dict[str, Any] = {"softmax_scale": core.softmax_scale, "kv_head_of": core.kv_head_of}
 
+    def alone(self, q: Tensor, kv: Tensor) -> PartialSum:
+        """This rank's queries over its own keys: a sum to which other partials may be added."""
+        total = PartialSum(q)
+        for rows, out, lse in self._partials(q, kv, self._tiles_of_keys(0)):
+            total.add(rows, out, lse)
+        return total
+
     def pass_kv(self, q: Tensor, kv: Tensor) -> Steps[tuple[Tensor, Tensor]]:
         """Attend to each block of keys while the next one travels."""
-        total, block = _Sum(q), self._coded(kv)
+        total, block = PartialSum(q), self._coded(kv)
         for hop in range(self.order.hops + 1):
             coming = self._next_keys(block, hop)
             try:
@@ -361,13 +386,13 @@ class _Ring:
 
     def pass_q(self, q: Tensor, kv: Tensor) -> Steps[tuple[Tensor, Tensor]]:
         """Answer each block of queries while the next one travels, and the answer before it, too."""
-        total, block, back = _Sum(q), self._coded(q), comm.start(_nothing())
+        total, block, back = PartialSum(q), self._coded(q), comm.start(_nothing())
         try:
             for hop in range(self.order.hops + 1):
                 coming = self._next_queries(block, hop)
                 try:
                     asked = self._decoded(block)
-                    answer = _Sum(asked) if hop else total
+                    answer = PartialSum(asked) if hop else total
                     for rows, out, lse in self._partials(asked, kv, self._tiles_of_queries(hop)):
                         answer.add(rows, out, lse)
                     self._collect(total, hop - 1, (yield from back))
@@ -423,7 +448,7 @@ class _Ring:
         return {**self.options, "causal": tile.kind == "causal", "mask": mask}
 
     def _mask(self, tile: Tile) -> Tensor:
-        own, key = _positions(tile.q)[:, None], _positions(tile.k)
+        own, key = run_positions(tile.q)[:, None], run_positions(tile.k)
         seen = key <= own
         if self.order.window is not None:
             seen &= key > own - self.order.window
@@ -479,7 +504,7 @@ class _Ring:
             return comm.start(_nothing())
         there, before = (self.rank - hop) % self.ranks, (self.rank - hop - 1) % self.ranks
         sent = _select(kv, self._keys(there, hop), self._keys(there, hop + 1))
-        return self._send(sent, *ring_peers(self.rank, self.ranks), _count(self._keys(before, hop + 1)))
+        return self._send(sent, *ring_peers(self.rank, self.ranks), count_tokens(self._keys(before, hop + 1)))
 
     def _next_queries(self, q: Tensor, hop: int) -> Steps[Tensor]:
         """The same of queries, the other way round."""
@@ -488,9 +513,9 @@ class _Ring:
         there, after = (self.rank + hop) % self.ranks, (self.rank + hop + 1) % self.ranks
         sent = _select(q, self._queries(there, hop), self._queries(there, hop + 1))
         src, dst = ring_peers(self.rank, self.ranks)
-        return self._send(sent, dst, src, _count(self._queries(after, hop + 1)))
+        return self._send(sent, dst, src, count_tokens(self._queries(after, hop + 1)))
 
-    def _answer(self, answer: _Sum, hop: int) -> Steps[Tensor]:
+    def _answer(self, answer: PartialSum, hop: int) -> Steps[Tensor]:
         """Launch the way home of the partials of other ranks' queries, and of this one's."""
         if hop == 0:
             return comm.start(_nothing())
@@ -498,9 +523,9 @@ class _Ring:
         arrived, wanted = self._queries(owner, hop), self._answered(owner, hop)
         out = self._coded(_select(answer.out, arrived, wanted).to(self.dtype))
         packed = _pack(out, _select(answer.lse, arrived, wanted))
-        return self._send(packed, owner, there, _count(self._answered(self.rank, hop)), tag=1)
+        return self._send(packed, owner, there, count_tokens(self._answered(self.rank, hop)), tag=1)
 
-    def _collect(self, total: _Sum, hop: int, packed: Tensor | None) -> None:
+    def _collect(self, total: PartialSum, hop: int, packed: Tensor | None) -> None:
         """Add what came back from the rank `hop` further on."""
         if packed is None:
             return
@@ -515,7 +540,7 @@ class _Ring:
             return comm.start(_nothing())
         owner, there = (self.rank - hop) % self.ranks, (self.rank + hop) % self.ranks
         sent = _select(to_kv, self._keys(owner, hop), self._seen(owner, hop))
-        return self._send(sent, owner, there, _count(self._seen(self.rank, hop)), tag=1, label=" (backward)")
+        return self._send(sent, owner, there, count_tokens(self._seen(self.rank, hop)), tag=1, label=" (backward)")
 
     def _add_home(self, total: Tensor, hop: int, found: Tensor | None) -> None:
         if found is None:
@@ -537,7 +562,7 @@ class _Ring:
         )
 
 
-class _Sum:
+class PartialSum:
     """Partials of some queries, merged as they come."""
 
     def __init__(self, q: Tensor) -> None:
@@ -556,7 +581,7 @@ class _Backward(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, kv: Tensor, sinks: Tensor | None, found: tuple[Tensor, Tensor], ring: _Ring
+        ctx: Any, q: Tensor, kv: Tensor, sinks: Tensor | None, found: tuple[Tensor, Tensor], ring: RingStep
     ) -> Tensor:
         ctx.ring = ring
         ctx.save_for_backward(q, kv, sinks, *found)
@@ -582,30 +607,61 @@ def _nothing() -> Steps[Any]:
     yield
 
 
-def _over(lens: Sequence[int], firsts: Sequence[int], ranks: int, placement: Placement, interleave: int) -> Held:
-    """Every request by itself, over the ranks."""
+def placed_held(batch: RaggedBatch, ranks: int, placement: Placement, *, interleave: int = 1) -> Held:
+    """The positions of a batch's new tokens that each of `ranks` holds, each request laid out by itself."""
+    key = ("ring.held", ranks, placement, interleave)
+    if key not in batch.plans:
+        firsts = [keys - new for keys, new in zip(batch.kv_lens, batch.q_lens, strict=True)]
+        batch.plans[key] = place_lens(batch.q_lens, ranks, placement, interleave=interleave, firsts=firsts)
+    held: Held = batch.plans[key]
+    return held
+
+
+def placed_rows(batch: RaggedBatch, ranks: int, placement: Placement, *, interleave: int = 1) -> Rows:
+    """Which of a batch's tokens each of `ranks` holds, in its order, when each request is laid out by itself."""
+    key = ("ring.rows of all", ranks, placement, interleave)
+    if key not in batch.plans:
+        olds = [keys - new for keys, new in zip(batch.kv_lens, batch.q_lens, strict=True)]
+        starts = [start - old for start, old in zip(batch.q_starts, olds, strict=False)]
+        batch.plans[key] = tuple(
+            tuple(p + start for runs, start in zip(own, starts, strict=True) for run in runs for p in run.positions)
+            for own in placed_held(batch, ranks, placement, interleave=interleave)
+        )
+    rows: Rows = batch.plans[key]
+    return rows
+
+
+def place_lens(
+    lens: Sequence[int],
+    ranks: int,
+    placement: Placement,
+    *,
+    interleave: int = 1,
+    firsts: Sequence[int] | None = None,
+) -> Held:
+    """So many tokens of each request over the ranks, each request by itself, from position `firsts` (0) on."""
     placed = [
         place_tokens(length, ranks, placement, interleave=interleave, first=first)
-        for length, first in zip(lens, firsts, strict=True)
+        for length, first in zip(lens, firsts or [0] * len(lens), strict=True)
     ]
     return tuple(tuple(request[rank] for request in placed) for rank in range(ranks))
 
 
-def _beside(cached: Held, new: Held) -> Held:
+def joined_held(cached: Held, new: Held) -> Held:
     """Each request's cached runs, then its new ones."""
     return tuple(
         tuple((*old, *own) for old, own in zip(*ranks, strict=True)) for ranks in zip(cached, new, strict=True)
     )
 
 
-def _between(cached: Tensor, held: Held, new: Tensor, own: Held, rank: int) -> Tensor:
-    """The rows of `_beside`, out of those of the cached and the new tokens."""
-    olds = cached.split([_count((runs,)) for runs in held[rank]])
-    news = new.split([_count((runs,)) for runs in own[rank]])
+def joined_rows(cached: Tensor, held: Held, new: Tensor, own: Held, rank: int) -> Tensor:
+    """The rows of `joined_held`, out of those of the cached and the new tokens."""
+    olds = cached.split([count_tokens((runs,)) for runs in held[rank]])
+    news = new.split([count_tokens((runs,)) for runs in own[rank]])
     return torch.cat([new[:0], *chain(*zip(olds, news, strict=True))])
 
 
-def _count(requests: Runs) -> int:
+def count_tokens(requests: Runs) -> int:
     return sum(run.size for runs in requests for run in runs)
 
 
@@ -646,7 +702,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _positions(run: Run) -> Tensor:
+def run_positions(run: Run) -> Tensor:
     index = torch.arange(run.first, run.stop)
     return run.start + index // run.width * run.step + index % run.width
 
@@ -685,7 +741,7 @@ def _check_cached(
             raise ValueError(
                 f"`cached.held` must place the {length} cached tokens of request {request} once each, got {runs}"
             )
-    shape = (_count(held[group.rank()]), *heads)
+    shape = (count_tokens(held[group.rank()]), *heads)
     if (
         tuple(cached.k.shape) != shape
         or cached.k.shape != cached.v.shape

@@ -205,7 +205,7 @@ class AttentionParts:
     def ready_steps(self, group: int) -> Steps[None]:
         """Wait for the keys, the first queries and the values of a group, and append to the cache."""
         core, (cos, sin) = self._core, self._tables
-        k = core._prepare(core.k_norm, (yield from self._in["k", group, 0]), cos, sin)
+        k = core.prepare(core.k_norm, (yield from self._in["k", group, 0]), cos, sin)
         self._queries[group, 0] = yield from self._query_steps(group, 0)
         v = yield from self._in["v", group, 0]
         opens, closes = group == 0, group == len(self.groups) - 1
@@ -272,7 +272,7 @@ class AttentionParts:
     def _query_steps(self, group: int, chunk: int) -> Steps[Tensor]:
         q = yield from self._in["q", group, chunk]
         cos, sin = (None if x is None else _rows(x, self.pieces[chunk]) for x in self._tables)
-        return self._core._prepare(self._core.q_norm, q, cos, sin)
+        return self._core.prepare(self._core.q_norm, q, cos, sin)
 
 
 def _heads(steps: Steps[Tensor], head_dim: int) -> Steps[Tensor]:

@@ -170,13 +170,13 @@ class UlyssesAttention(nn.Module):
             head_dim=self.head_dim,
         )
         q, k, v = self._split(mine)
-        k = self._prepare(self.k_norm, k, cos, sin)
+        k = self.prepare(self.k_norm, k, cos, sin)
         if tail is not None:
             q = tail.take(q)
             cos, sin = (None, None) if cos is None or sin is None else (tail.take(cos), tail.take(sin))
             slices = even_ranges(batch.num_tokens, exchange.group.size())
             tokens = tuple(len(tail.within(*rows)) for rows in slices)
-        q = self._prepare(self.q_norm, q, cos, sin)
+        q = self.prepare(self.q_norm, q, cos, sin)
         yield Mark(self.layer_index)
         out = self._attend(q, k, v, batch, kv, tail)
         if tail is not None and not tail.rows:
@@ -251,10 +251,10 @@ class UlyssesAttention(nn.Module):
         """Refuse what the second half of the step would, before the first collective."""
         if tail is not None and tail.whole is not batch:
             raise ValueError("`tail` must be of this `batch`, got another's; make it by `batch.tail(rows)`")
-        self._check_tables(batch, cos, sin)
+        self.check_tables(batch, cos, sin)
         self._check_cache(qkv, batch, kv)
 
-    def _check_tables(self, batch: RaggedBatch, cos: Tensor | None, sin: Tensor | None) -> None:
+    def check_tables(self, batch: RaggedBatch, cos: Tensor | None, sin: Tensor | None) -> None:
         table = (batch.num_tokens, self.head_dim)
         if (cos is None) != (sin is None):
             raise ValueError(f"`cos` and `sin` must be given together, got {type(cos).__name__}, {type(sin).__name__}")
@@ -294,7 +294,7 @@ class UlyssesAttention(nn.Module):
         return q, k, v
 
     @staticmethod
-    def _prepare(norm: nn.Module | None, x: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
+    def prepare(norm: nn.Module | None, x: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
         x = x if norm is None else norm(x)
         return x if cos is None or sin is None else rotary(x, cos, sin)
 

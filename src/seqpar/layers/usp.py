@@ -39,10 +39,10 @@ from seqpar.layers.ring import (
     RingAttention,
     RingCore,
     Runs,
-    _beside,
-    _count,
-    _positions,
     attend_steps,
+    count_tokens,
+    joined_held,
+    run_positions,
 )
 from seqpar.partition import GridOrder, HeadMap, Placement, Range, RingOrder, gather_held, head_parts
 from seqpar.ragged import RaggedBatch
@@ -133,9 +133,9 @@ class USPAttention(RingAttention):
         if key not in batch.plans:
             own = self._held(batch)
             new = gather_held(own, columns)
-            kv = new if held is None else _beside(gather_held(held, columns), new)
-            tokens = tuple(map(_count, own))
-            olds = (0,) * len(own) if held is None else tuple(map(_count, held))
+            kv = new if held is None else joined_held(gather_held(held, columns), new)
+            tokens = tuple(map(count_tokens, own))
+            olds = (0,) * len(own) if held is None else tuple(map(count_tokens, held))
             batch.plans[key] = GridOrder(RingOrder(new, kv, self.window), tokens, olds)
         grid: GridOrder = batch.plans[key]
         return grid
@@ -229,7 +229,7 @@ class USPAttention(RingAttention):
 
 def _names(ranks: Sequence[Runs], length: int) -> Int64[Tensor, " t"]:
     """A number for each token that some ranks hold, of requests of at most `length` tokens, rank after rank."""
-    each = [_positions(run) + request * length for own in ranks for request, runs in enumerate(own) for run in runs]
+    each = [run_positions(run) + request * length for own in ranks for request, runs in enumerate(own) for run in runs]
     return torch.cat([torch.empty(0, dtype=torch.int64), *each])
 
 

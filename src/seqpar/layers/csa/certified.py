@@ -28,7 +28,7 @@ from torch import Tensor
 from seqpar import comm
 from seqpar.comm import Steps
 from seqpar.kernels import RopeConfig
-from seqpar.layers.csa.core import CSAAttention, CSAResult, Policy, keys_of
+from seqpar.layers.csa.core import CSAAttention, CSAResult, Policy
 from seqpar.layers.csa.cut import kept, positions_of
 from seqpar.layers.csa.precision import (
     NOTHING,
@@ -103,7 +103,7 @@ class Certified(Policy):
         self, core: CSAAttention, q: Tensor, k: Tensor, v: Tensor, batch: RaggedBatch, cached: CachedKV | None
     ) -> Steps[CSAResult]:
         """See `Policy.steps`."""
-        k, v = keys_of(core, k, v, batch, cached).unbind(1)
+        k, v = core.own_keys(k, v, batch, cached).unbind(1)
         exchange = _Exchange(self, core, q.detach(), k.detach(), v.detach(), _map(core, batch, cached))
         return (yield from exchange.steps())
 

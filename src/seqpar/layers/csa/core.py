@@ -18,11 +18,11 @@ from torch import Tensor
 
 from seqpar import comm
 from seqpar.comm import ProcessGroup, Steps
-from seqpar.layers.ring import CachedKV, PlacedAttention, _between, _Ring, _Sum
+from seqpar.layers.ring import CachedKV, PartialSum, PlacedAttention, RingStep
 from seqpar.partition import HeadMap, Placement
 from seqpar.ragged import RaggedBatch
 
-__all__ = ["CSAAttention", "CSAResult", "Policy", "attend_own", "keys_of"]
+__all__ = ["CSAAttention", "CSAResult", "Policy", "attend_own"]
 
 
 class CSAResult(NamedTuple):
@@ -177,20 +177,6 @@ class CSAAttention(PlacedAttention):
         return comm.run(self.attend_steps(q, k, v, batch, cached))
 
 
-def keys_of(
-    core: CSAAttention, k: Tensor, v: Tensor, batch: RaggedBatch, cached: CachedKV | None
-) -> Float[Tensor, "n 2 g d"]:
-    """This rank's keys and values, each request's cached ones before its new ones: those of `core.order(...).kv`."""
-    kv = torch.stack((k, v), 1)
-    if cached is None:
-        return kv
-    rank = core.group.rank()
-    return _between(torch.stack((cached.k, cached.v), 1), cached.held, kv, core.order(batch, cached).q, rank)
-
-
-def attend_own(core: CSAAttention, q: Tensor, kv: Tensor, batch: RaggedBatch, cached: CachedKV | None) -> _Sum:
-    """This rank's queries over its own keys `keys_of(...)`, exactly: a sum to which other partials are added."""
-    total, ring = _Sum(q), _Ring(core.ring_core(), core.order(batch, cached), batch, q.dtype)
-    for rows, out, lse in ring._partials(q, kv, ring._tiles_of_keys(0)):
-        total.add(rows, out, lse)
-    return total
+def attend_own(core: CSAAttention, q: Tensor, kv: Tensor, batch: RaggedBatch, cached: CachedKV | None) -> PartialSum:
+    """This rank's queries over its own keys `core.own_keys(...)`, exactly: a sum to which other partials are added."""
+    return RingStep(core.ring_core(), core.order(batch, cached), batch, q.dtype).alone(q, kv)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from seqpar.kernels import BlockLists
-from seqpar.layers.ring import _positions
+from seqpar.layers.ring import run_positions
 from seqpar.partition import Range, RingOrder, Run
 from seqpar.ragged import RaggedBatch
 
@@ -93,7 +93,7 @@ def _split(queries: Tensor, keys: Tensor, window: int | None, sinks: int, recent
 
 def positions_of(runs: Iterable[Run]) -> Tensor:
     """Of the tokens of some runs, on the host."""
-    return torch.cat([torch.empty(0, dtype=torch.int64), *map(_positions, runs)])
+    return torch.cat([torch.empty(0, dtype=torch.int64), *map(run_positions, runs)])
 
 
 def query_blocks(order: RingOrder, rank: int) -> tuple[tuple[Range, int], ...]:

@@ -33,10 +33,10 @@ from torch import Tensor
 from seqpar import comm
 from seqpar.comm import Steps
 from seqpar.kernels import BlockLists, attention, merge, sparse_attention
-from seqpar.layers.csa.core import CSAAttention, CSAResult, Policy, attend_own, keys_of
+from seqpar.layers.csa.core import CSAAttention, CSAResult, Policy, attend_own
 from seqpar.layers.csa.cut import EVERYTHING, Cut, cut_keys, kept, positions_of, query_blocks, request_lists
 from seqpar.layers.ring import CachedKV
-from seqpar.partition import Range, RingOrder, even_ranges
+from seqpar.partition import Range, RingOrder, head_parts
 from seqpar.ragged import RaggedBatch
 
 __all__ = ["Strided"]
@@ -107,7 +107,7 @@ class Strided(Policy):
             if cached is not None:
                 raise ValueError("`cached` must be None where the policy is faithful, got cached keys")
             return (yield from _Levels(self, core, batch).steps(q, k, v))
-        return (yield from self._repaired_steps(core, q, keys_of(core, k, v, batch, cached), batch, cached))
+        return (yield from self._repaired_steps(core, q, core.own_keys(k, v, batch, cached), batch, cached))
 
     def degree(self, rank: int, other: int) -> int | None:
         """Of the innermost level in which two ranks share a group; None where there is none."""
@@ -251,9 +251,9 @@ class _Levels:
         return range(first, first + group)
 
     def _heads(self, group: int, place: int) -> tuple[Range, Range]:
-        """Query and KV heads of a member while it attends."""
-        q = even_ranges(self.core.num_heads, group)[place]
-        return q, Range(self.core.kv_head_of[q.start], self.core.kv_head_of[q.stop - 1] + 1)
+        """Query and KV heads of a member while it attends, counted from the first ones of the shard."""
+        part = head_parts(self.core.q_shard, self.core.group_size, group)[place]
+        return part.q.shift(-self.core.q_shard.start), part.kv.shift(-self.core.kv_shard.start)
 
     def _samples(self, rank: int, degree: int) -> list[int]:
         """How many tokens of each request a rank samples."""

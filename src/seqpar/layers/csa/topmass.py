@@ -50,7 +50,7 @@ from seqpar.kernels.sparse import (
     smallest_cover,
     sparse_attention,
 )
-from seqpar.layers.csa.core import CSAAttention, CSAResult, Policy, attend_own, keys_of
+from seqpar.layers.csa.core import CSAAttention, CSAResult, Policy, attend_own
 from seqpar.layers.csa.cut import EVERYTHING, Cut, cut_keys, kept, positions_of, query_blocks, request_lists
 from seqpar.layers.ring import CachedKV
 from seqpar.partition import Range, RingOrder
@@ -118,7 +118,7 @@ class TopMass(Policy):
         self, core: CSAAttention, q: Tensor, k: Tensor, v: Tensor, batch: RaggedBatch, cached: CachedKV | None
     ) -> Steps[CSAResult]:
         """See `Policy.steps`."""
-        exchange = _Exchange(self, core, q, keys_of(core, k, v, batch, cached), batch, core.order(batch, cached))
+        exchange = _Exchange(self, core, q, core.own_keys(k, v, batch, cached), batch, core.order(batch, cached))
         everything = Range(0, len(q))
         try:
             exchange.open()
