@@ -239,7 +239,7 @@ def over_ranks(runs: Sequence[Run]) -> Step:
 
 
 def repeats_of(tokens: int, quick: bool) -> int:
-    return 4 if quick else 48 if tokens <= 64 else 24 if tokens <= 512 else 8 if tokens <= 2048 else 6
+    return 4 if quick else 32 if tokens <= 64 else 20 if tokens <= 512 else 8 if tokens <= 2048 else 6
 
 
 @torch.no_grad()
