@@ -11,11 +11,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from seqpar import comm, hf
-from seqpar.hf.attend import Attend
+from seqpar.hf.attend import Attend, rope_of
 from seqpar.hf.attend import Path as Way
 from seqpar.hf.cache import store_of
+from seqpar.kernels import RopeConfig, rope_table
 from seqpar.kv import StripedKV
-from seqpar.layers import Strided, TopMass
+from seqpar.layers import Certified, Strided, TopMass
 from seqpar.partition import HeadMap, Interleave, Layout, Shift, ThreePhase
 from seqpar.plan import Curve, DecodeCosts, MethodCosts
 from tests.hf.test_forward import EXACT, cross_entropy
@@ -199,11 +200,44 @@ def test_auto_moves_a_cache_when_the_rule_says_so_and_never_back() -> None:
     assert run_mesh((1, 2), chooses, "ring")[0] == [("tokens", 0)] + [("heads", 1)] * 5
 
 
-def measures(mesh: comm.DeviceMesh) -> None:
-    """Once, at the first decode, and not in what the caller counts."""
+def certified(mesh: comm.DeviceMesh, rope: RopeConfig | None) -> int:
+    """Bytes of a prompt whose policy names a rotary embedding, or leaves that to the model."""
+    model, ids = tiny_model("llama"), prompts(1, 256)
+    expected = exact_norms(tiny_model("llama"))(ids, logits_to_keep=1).logits
+    with hf.parallelize(model, mesh, prefill=hf.CSA(Certified(0.01, rope=rope))), torch.no_grad():
+        with comm.record() as sent:
+            found = model(ids, logits_to_keep=1, use_cache=False).logits
+    assert 0 < (found - expected).norm() < 0.05 * expected.norm()
+    return sum(count.num_bytes for label, count in sent.by_label().items() if "self_attn.core" in label)
+
+
+def test_certified_keys_are_told_of_the_models_rotary_embedding() -> None:
+    known = rope_of(tiny_model("llama").config, 8)
+    assert known is not None
+    models, wrong = (run_mesh((1, 2), certified, rope) for rope in (None, RopeConfig(8, 2.0)))
+    assert models == run_mesh((1, 2), certified, known) != wrong
+    for scaling in ({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}, {}):
+        model = tiny_model("llama", rope_parameters={"rope_type": "default", "rope_theta": 5e5, **LLAMA3, **scaling})
+        rope = rope_of(model.config, 8)
+        assert rope is not None
+        positions = torch.arange(99)
+        for ours, theirs in zip(
+            rope_table(rope, positions), model.model.rotary_emb(torch.ones(1), positions[None]), strict=True
+        ):
+            assert torch.equal(ours, theirs[0])
+    for kind in ("dynamic", "unheard of"):
+        model.config.rope_parameters = {"rope_type": kind, "factor": 2.0, "rope_theta": 1e4}
+        assert rope_of(model.config, 8) is None
+
+
+LLAMA3 = {"original_max_position_embeddings": 32}
+
+
+def measures(mesh: comm.DeviceMesh, file: str) -> None:
+    """Once, at the first decode, and not in what the caller counts; a file of it is read by the next."""
     model, ids = tiny_model("mistral"), prompts(2, 9)
     expected = tiny_model("mistral").generate(ids, max_new_tokens=4, do_sample=False)
-    auto = hf.AutoDecode(contexts=(16, 32))
+    auto = hf.AutoDecode(contexts=(16, 32), file=file)
     with hf.parallelize(model, mesh, decode=auto, shift=4) as parallel:
         with torch.no_grad():
             model(ids, past_key_values=(cache := hf.ParallelCache()))
@@ -214,10 +248,19 @@ def measures(mesh: comm.DeviceMesh) -> None:
         costs = auto.costs
         assert torch.equal(model.generate(ids, max_new_tokens=4, do_sample=False), expected)
         assert auto.costs is costs and "measured on 2 rank(s)" in parallel.explain_decode()
+        assert DecodeCosts.load(file) == costs
+    if comm.groups(mesh).flat.rank() == 0:
+        COSTS.save(file)
+    again = hf.AutoDecode(file=file)
+    with hf.parallelize(model, mesh, decode=again):
+        assert torch.equal(model.generate(ids, max_new_tokens=4, do_sample=False), expected)
+    assert again.costs == COSTS
 
 
-def test_auto_measures_at_the_first_decode() -> None:
-    run_mesh((1, 2), measures)
+def test_auto_measures_at_the_first_decode(tmp_path: Path) -> None:
+    run_mesh((1, 2), measures, str(tmp_path / "costs.json"))
+    with own_errors(), pytest.raises(ValueError, match="`costs` must be given alone or left out for those of `file`"):
+        hf.AutoDecode(costs=COSTS, file="x")
     with own_errors(), pytest.raises(ValueError, match="`contexts` must be at least 1 and increasing"):
         hf.AutoDecode(contexts=(9, 3))
     with own_errors(), pytest.raises(TypeError, match=r"`policy` must be a Policy such as layers\.TopMass, got 3"):

@@ -17,7 +17,7 @@ prompts and decodes, and the rule depends on lengths alone, which all ranks know
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 from torch import nn
@@ -25,18 +25,28 @@ from torch import nn
 from seqpar.comm import Groups, Wire
 from seqpar.hf.auto import AutoOverlap
 from seqpar.hf.decode import AutoDecode
-from seqpar.layers import CSAAttention, ParallelAttention, PlacedCore, Policy, QShipDecodeAttention, RingAttention
+from seqpar.kernels import RopeConfig
+from seqpar.layers import (
+    Certified,
+    CSAAttention,
+    ParallelAttention,
+    PlacedCore,
+    Policy,
+    QShipDecodeAttention,
+    RingAttention,
+)
 from seqpar.partition import HeadMap, Placement, Striping, ThreePhase
 from seqpar.plan import RingCase
 
-__all__ = ["CSA", "Attend", "Decode", "Home", "Path", "Prefill", "add_cores", "check_methods"]
+__all__ = ["CSA", "Attend", "Decode", "Home", "Path", "Prefill", "add_cores", "check_methods", "rope_of", "turned_by"]
 
 
 @dataclass(frozen=True)
 class CSA:
     """Prompts by communication-efficient sparse attention: `prefill=CSA(policy)`.
 
-    Results are the model's own only as far as the policy says (`seqpar.layers.csa`).
+    Results are the model's own only as far as the policy says (`seqpar.layers.csa`). A `Certified` that names no rotary
+    embedding gets the model's, since keys then take fewer bits.
 
     Args:
         policy: what travels.
@@ -188,8 +198,8 @@ def check_methods(prefill: Any, decode: Any, *, pipeline: ThreePhase | None, wir
         )
 
 
-def add_cores(layers: Sequence[nn.Module], attend: Attend, *, groups: Groups) -> None:
-    """Give every layer the attention that its steps may take, beside the usual one."""
+def add_cores(layers: Sequence[nn.Module], attend: Attend, *, groups: Groups, rope: RopeConfig | None) -> None:
+    """Give every layer the attention that its steps may take, beside the usual one; `rope` turns their keys."""
     for layer in layers:
         attention = layer.self_attn
         assert isinstance(attention, ParallelAttention), "layers have just been made"
@@ -199,7 +209,24 @@ def add_cores(layers: Sequence[nn.Module], attend: Attend, *, groups: Groups) ->
             attention.add_core(RING, _ring(attention, attend.heads, groups, "kv"))
             attention.add_core(RING_Q, _ring(attention, attend.heads, groups, "q"))
         if isinstance(attend.prefill, CSA):
-            attention.add_core(SPARSE, _sparse(attention, attend.heads, groups, attend.prefill.policy))
+            attention.add_core(SPARSE, _sparse(attention, attend.heads, groups, turned_by(attend.prefill.policy, rope)))
+
+
+def rope_of(config: Any, head_dim: int) -> RopeConfig | None:
+    """How a model turns its keys; None where the kind is unknown here, or changes from call to call."""
+    try:
+        parameters = config.rope_parameters or {}
+        rope = RopeConfig.from_dict(
+            parameters, head_dim=head_dim, max_position_embeddings=config.max_position_embeddings
+        )
+    except (ValueError, TypeError):
+        return None
+    return None if rope.depends_on_length else rope
+
+
+def turned_by(policy: Policy, rope: RopeConfig | None) -> Policy:
+    """The policy, told how keys have been turned where that makes them cheaper and it does not say so itself."""
+    return replace(policy, rope=rope) if isinstance(policy, Certified) and policy.rope is None else policy
 
 
 def _qship(attention: ParallelAttention, heads: HeadMap, groups: Groups) -> QShipDecodeAttention:

@@ -7,13 +7,12 @@ from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
 
-import torch
 from torch import nn
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from seqpar import comm
 from seqpar.comm import ProcessGroup
-from seqpar.hf.agreed import agreed
+from seqpar.hf.agreed import keep_first, read_first
 from seqpar.hf.auto import called_whole, typical_layers
 from seqpar.partition import Layout, layout_names
 from seqpar.plan import ShiftChoice, StepCosts, calibrate_layouts, shift
@@ -96,13 +95,7 @@ class AutoShift:
 
     def _read(self, group: ProcessGroup) -> StepCosts | None:
         """The costs that rank 0 finds in the file, on every rank; None where there is none."""
-        if self.file is None:
-            return None
-        text = ""
-        with agreed(group):
-            if group.rank() == 0 and self.file.is_file():
-                text = StepCosts.load(self.file).to_json()
-        text = _from_first(text, group)
+        text = read_first(self.file, lambda file: StepCosts.load(file).to_json(), group=group)
         return StepCosts.from_json(text) if text else None
 
     def _measure(self, layers: nn.ModuleList, layouts: Sequence[Layout], group: ProcessGroup) -> StepCosts | None:
@@ -127,20 +120,9 @@ class AutoShift:
                 tokens=self.tokens,
                 progress=tell,
             )
-        with agreed(group):
-            if self.file is not None and group.rank() == 0:
-                costs.save(self.file)
+        keep_first(self.file, costs.save, group=group)
         return costs
 
     def __repr__(self) -> str:
         costs = None if self.choice is None else self.choice.costs
         return f"AutoShift({costs}, {self.file}, {self.tokens})"
-
-
-def _from_first(text: str, group: ProcessGroup) -> str:
-    """Rank 0's text, on every rank."""
-    device = torch.device("cpu") if torch.device("cpu") in group._device_types else torch.device("cuda")
-    mine = list(text.encode())
-    size = int(comm.broadcast(torch.tensor([len(mine)], device=device), src=0, group=group, label="shift"))
-    sent = torch.tensor(mine if group.rank() == 0 else [0] * size, dtype=torch.uint8, device=device)
-    return bytes(comm.broadcast(sent, src=0, group=group, label="shift").tolist()).decode()

@@ -20,7 +20,7 @@ from transformers import __version__ as transformers_version
 from seqpar import comm
 from seqpar.comm import DeviceMesh, Groups, Wire
 from seqpar.hf.agreed import agreed, check_same
-from seqpar.hf.attend import Attend, Decode, Home, Prefill, add_cores, check_methods
+from seqpar.hf.attend import Attend, Decode, Home, Prefill, add_cores, check_methods, rope_of
 from seqpar.hf.auto import AutoOverlap
 from seqpar.hf.backbone import KEEP, LMHead, ParallelBackbone
 from seqpar.hf.generation import parallel_generate
@@ -348,8 +348,9 @@ def build(
         )
         for index, layer in enumerate(stack.layers)
     ]
-    attend = Attend(prefill, decode, heads=heads, head_dim=stack.layers[0].self_attn.head_dim)
-    add_cores(layers, attend, groups=groups)
+    head_dim = stack.layers[0].self_attn.head_dim
+    attend = Attend(prefill, decode, heads=heads, head_dim=head_dim)
+    add_cores(layers, attend, groups=groups, rope=rope_of(config, head_dim))
     embedding = VocabParallelEmbedding.from_module(stack.embed_tokens, group=groups.tp, sp=groups.layout.sp)
     backbone = ParallelBackbone(
         config,
@@ -359,7 +360,7 @@ def build(
         stack.rotary_emb,
         groups=groups,
         heads=heads,
-        head_dim=stack.layers[0].self_attn.head_dim,
+        head_dim=head_dim,
         vocab_size=embedding.num_embeddings,
         windows=windows,
         sequence_sharded=sequence_sharded,
