@@ -204,9 +204,9 @@ def certified(mesh: comm.DeviceMesh, rope: RopeConfig | None) -> int:
     """Bytes of a prompt whose policy names a rotary embedding, or leaves that to the model."""
     model, ids = tiny_model("llama"), prompts(1, 256)
     expected = exact_norms(tiny_model("llama"))(ids, logits_to_keep=1).logits
-    with hf.parallelize(model, mesh, prefill=hf.CSA(Certified(0.01, rope=rope))), torch.no_grad():
-        with comm.record() as sent:
-            found = model(ids, logits_to_keep=1, use_cache=False).logits
+    prefill = hf.CSA(Certified(0.01, rope=rope))
+    with hf.parallelize(model, mesh, prefill=prefill), torch.no_grad(), comm.record() as sent:
+        found = model(ids, logits_to_keep=1, use_cache=False).logits
     assert 0 < (found - expected).norm() < 0.05 * expected.norm()
     return sum(count.num_bytes for label, count in sent.by_label().items() if "self_attn.core" in label)
 
