@@ -14,6 +14,7 @@ from seqpar.plan.chunks import (
     tbt_budget,
     tile_fit,
 )
+from seqpar.plan.cost import Breakdown, Costs, Grid, Memory, Options, Part, cost
 from seqpar.plan.costs import Curve, LayerCosts, SlotCosts
 from seqpar.plan.csa import strided_volumes
 from seqpar.plan.decode import (
@@ -26,30 +27,42 @@ from seqpar.plan.decode import (
     decode_volumes,
     exchange_from,
 )
-from seqpar.plan.hardware import MACHINES, Accelerator, Fabric, Machine
+from seqpar.plan.hardware import HARDWARE, MACHINES, NETWORKS, Accelerator, Fabric, Hardware, Machine, Tier
 from seqpar.plan.helix import helix_volume
+from seqpar.plan.model import FAMILIES, Model, StepWork
 from seqpar.plan.overlap import Candidate, OverlapChoice, overlap
 from seqpar.plan.prefill import ModelShape, prefill_costs
 from seqpar.plan.ring import RingCase, RingCosts, ring_costs, ring_method, ring_seconds, ring_volumes
 from seqpar.plan.schedule import Schedule, Slot, bound, makespan, repeated_makespan
 from seqpar.plan.shift import ShiftChoice, StepCosts, shift, undecided
-from seqpar.plan.steps import StepWork, step_costs, step_seconds
+from seqpar.plan.steps import step_costs, step_seconds
 from seqpar.plan.usp import USPCosts, usp_costs, usp_volumes
 from seqpar.plan.volumes import Volume, closed_volume, layer_volumes
 
 __all__ = [
+    "FAMILIES",
+    "HARDWARE",
     "MACHINES",
+    "NETWORKS",
     "Accelerator",
+    "Breakdown",
     "Candidate",
+    "Costs",
     "Curve",
     "DecodeChoice",
     "DecodeCosts",
     "Fabric",
+    "Grid",
+    "Hardware",
     "LayerCosts",
     "Machine",
+    "Memory",
     "MethodCosts",
+    "Model",
     "ModelShape",
+    "Options",
     "OverlapChoice",
+    "Part",
     "RingCase",
     "RingCosts",
     "Schedule",
@@ -58,6 +71,7 @@ __all__ = [
     "SlotCosts",
     "StepCosts",
     "StepWork",
+    "Tier",
     "USPCosts",
     "Volume",
     "balanced_chunk",
@@ -67,6 +81,7 @@ __all__ = [
     "calibrate_layouts",
     "closed_volume",
     "consolidation_steps",
+    "cost",
     "decode",
     "decode_costs",
     "decode_volumes",

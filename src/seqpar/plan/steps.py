@@ -10,36 +10,21 @@ busiest rank's bytes (`layer_volumes`) at the fabric's rate. Nothing overlaps.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from math import ceil
 
 from seqpar.partition import HeadMap, Layout
 from seqpar.plan.costs import Curve
 from seqpar.plan.hardware import Accelerator, Fabric, Machine
+from seqpar.plan.model import StepWork
 from seqpar.plan.prefill import ModelShape
 from seqpar.plan.shift import StepCosts
 from seqpar.plan.volumes import layer_volumes
 
-__all__ = ["StepWork", "step_costs", "step_seconds"]
+__all__ = ["step_costs", "step_seconds"]
 
 _HALF = 2  # bytes of activations and of the cache
 _NORM_PASSES = 8  # of the activations through memory: around each half the sum, the residual twice, the norm
 _SIZES = tuple(1 << i for i in range(17))
-
-
-@dataclass(frozen=True)
-class StepWork:
-    """What a step has to do.
-
-    Args:
-        tokens: new tokens, of prompts and decodes.
-        pairs: queries of prompts times the keys that each sees, which cost compute.
-        cached: keys that decodes read, over all of them, which cost memory traffic.
-    """
-
-    tokens: int
-    pairs: int = 0
-    cached: int = 0
 
 
 def step_seconds(
