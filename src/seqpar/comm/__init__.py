@@ -32,8 +32,9 @@ from seqpar.comm.differentiable import (
     send_recv,
     send_recv_steps,
 )
+from seqpar.comm.failure import CommError
 from seqpar.comm.graphs import StepGraphs
-from seqpar.comm.handle import CommError, Handle, Mark
+from seqpar.comm.handle import Handle, Mark
 from seqpar.comm.intervals import Interval
 from seqpar.comm.link import LINK_PRESETS, LinkCosts, SimulatedLink
 from seqpar.comm.mesh import (

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
@@ -24,6 +24,7 @@ from torch._C._distributed_c10d import PrefixStore
 from torch.distributed import ProcessGroup
 from torch.distributed.distributed_c10d import _get_default_store
 
+from seqpar.comm.failure import failure
 from seqpar.comm.mesh import describe
 
 __all__ = ["Checker", "check", "current_check"]
@@ -132,11 +133,16 @@ class Checker:
 
         Raises:
             ValueError: they do not.
+            CommError: the process that keeps the store is gone.
         """
-        channel = self._channel(group, group.group_name, describe(group))
         sends, recvs = (None, None) if sizes is None else sizes
-        self._arrive(channel, _Launch(op, label, str(dtype).removeprefix("torch."), shape, sends, recvs, src))
-        self._await(channel)
+        launch = _Launch(op, label, str(dtype).removeprefix("torch."), shape, sends, recvs, src)
+        try:
+            channel = self._channel(group, group.group_name, describe(group))
+            self._arrive(channel, launch)
+            self._await(channel)
+        except dist.DistError as error:
+            raise failure(op, label, group, error) from error
 
     def leave(self) -> None:
         """Let the others know that this rank launches no more, and return when all ranks do."""
@@ -150,7 +156,8 @@ class Checker:
     def abandon(self, error: BaseException) -> None:
         """Let the others know why this rank launches no more."""
         how = f"left `comm.check()` by {type(error).__name__}: {error}"
-        self._fail(f"rank {self._rank} of the world {how}; it {self._last(self._rank)}")
+        with suppress(dist.DistError):  # where the store is gone, the others know
+            self._fail(f"rank {self._rank} of the world {how}; it {self._last(self._rank)}")
 
     def _channel(self, group: ProcessGroup, name: str, where: str) -> _Channel:
         if name not in self._channels:
@@ -239,6 +246,7 @@ def check(*, timeout_s: float = 10.0) -> Iterator[None]:
     Raises:
         ValueError: the first difference, naming the rank, the step and both sides, on all ranks of the group, of which
             some may already have left the context; a timeout that is not positive; no process group.
+        CommError: the process that keeps the store is gone, as rank 0 may have been.
     """
     if not timeout_s > 0:
         raise ValueError(f"`timeout_s` must be > 0, got {timeout_s}")

@@ -22,8 +22,9 @@ from torch import Tensor
 from torch.distributed import ProcessGroup, Work
 
 from seqpar.comm.allreduce import all_reduce_algorithm, check_summable, sum_in_rank_order
+from seqpar.comm.failure import failure
 from seqpar.comm.flight import announce, depart, is_watched
-from seqpar.comm.handle import Handle, failure
+from seqpar.comm.handle import Handle
 from seqpar.comm.link import ranks_of
 from seqpar.comm.mesh import describe, is_deterministic
 from seqpar.comm.record import count

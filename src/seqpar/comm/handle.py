@@ -14,24 +14,11 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 from torch.distributed import ProcessGroup, Work
 
+from seqpar.comm.failure import failure
 from seqpar.comm.flight import Flight
-from seqpar.comm.mesh import describe
 from seqpar.comm.stream import CPU_STREAM, CPUStream, current_stream, follow, hold_for, use_stream
 
-__all__ = ["CommError", "Handle", "Mark", "failure"]
-
-
-class CommError(RuntimeError):
-    """A collective failed: another rank died, raised, or did not come within the timeout."""
-
-
-def failure(op: str, label: str, group: ProcessGroup, error: RuntimeError) -> CommError:
-    """The error that names the collective, the layer and the group."""
-    where = f" of `{label}`" if label else ""
-    return CommError(
-        f"`{op}`{where} on rank {group.rank()} of {describe(group)} failed; a rank died, raised, or was later than "
-        f"the timeout: {error}"
-    )
+__all__ = ["Handle", "Mark"]
 
 
 class Mark:
