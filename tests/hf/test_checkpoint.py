@@ -155,7 +155,7 @@ def test_a_file_that_shrinks_after_it_was_opened(tmp_path: Path) -> None:
     save_file(TENSORS, tmp_path / "model.safetensors")
     checkpoint = Checkpoint.open(tmp_path)
     cut(-60)(tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match="must not change while it is read, got its end at byte"):
+    with pytest.raises(ValueError, match="must not change while it is read, got"):
         for name, shape in SHAPES.items():
             checkpoint.read(name, 0, Range(0, shape[0]))
 

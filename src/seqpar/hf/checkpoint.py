@@ -5,14 +5,19 @@ Data is read with `pread` straight into the tensor that is returned. Mapping the
 lost: what a rank reads is then decided by the kernel's read-ahead, cannot be counted, and a file that shrinks under the
 map kills the process instead of raising. Nothing is ever unpickled.
 
+A file that changes after its header was read, by its size, its time or its inode, is an error at the next read. Bytes
+that are wrong without that, such as a flipped bit, only a checksum can tell (`Checkpoint.verify`).
+
 Source: the format is described at https://github.com/huggingface/safetensors#format.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias, TypeGuard
@@ -25,7 +30,7 @@ from seqpar.partition import Range
 __all__ = ["DTYPES", "Checkpoint", "Entry", "Names", "parse_object", "read_header"]
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+SINGLE, INDEX, SUMS = "model.safetensors", "model.safetensors.index.json", "SHA256SUMS"
 _MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
 
 Names: TypeAlias = str | tuple[tuple[str, ...], ...]
@@ -33,14 +38,19 @@ Names: TypeAlias = str | tuple[tuple[str, ...], ...]
 entry side by side along dim 1."""
 
 
+Stamp: TypeAlias = tuple[int, int, int]
+"""Inode, size and time of a file."""
+
+
 class Entry(NamedTuple):
-    """One tensor of a file; `begin` and `end` are byte offsets in the file."""
+    """One tensor of a file; `begin` and `end` are byte offsets in the file, which was stamped when they were read."""
 
     file: Path
     dtype: str
     shape: tuple[int, ...]
     begin: int
     end: int
+    stamp: Stamp
 
 
 def read_header(file: Path) -> dict[str, Entry]:
@@ -49,8 +59,9 @@ def read_header(file: Path) -> dict[str, Entry]:
     Raises:
         ValueError: the file is truncated, or its header is not one that describes the file's bytes exactly.
     """
-    size = file.stat().st_size
     with file.open("rb") as stream:
+        stamp = _stamp(stream.fileno())
+        size = stamp[1]
         length = int.from_bytes(stream.read(8), "little")
         if size < 8 or not 2 <= length <= min(size - 8, _MAX_HEADER_BYTES):
             raise ValueError(
@@ -59,7 +70,7 @@ def read_header(file: Path) -> dict[str, Entry]:
         header = parse_object(file, stream.read(length))
     header.pop("__metadata__", None)
     begin = 8 + length
-    entries = {name: _entry(file, name, value, begin) for name, value in header.items()}
+    entries = {name: _entry(file, name, value, begin, stamp) for name, value in header.items()}
     at = begin
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
         if entry.begin != at:
@@ -127,6 +138,22 @@ class Checkpoint:
                     "quantized checkpoints are not supported"
                 )
 
+    def verify(self) -> None:
+        """Compare the files' bytes, all of them, with the sums that `sha256sum *.safetensors > SHA256SUMS` has written.
+
+        Raises:
+            ValueError: the directory holds no such list, or none of these files, or a file has another sum.
+        """
+        sums = _sums(self.path / SUMS)
+        for file in sorted({entry.file for entry in self.entries.values()}):
+            with file.open("rb") as stream:
+                found = hashlib.file_digest(stream, "sha256").hexdigest()
+            if found != sums.get(file.name):
+                wanted = sums.get(file.name, "nothing about it")
+                raise ValueError(
+                    f"`{file}` must have the SHA-256 that {SUMS} says ({wanted}), got {found}; it is corrupt or another"
+                )
+
     def window_bytes(self, names: Names, dim: int, window: Range) -> int:
         """What `read` reads."""
         shape, dtype = self._form(names)
@@ -138,7 +165,7 @@ class Checkpoint:
         Of a tensor that is made of matrices, each of which is read so, `dim` is one of its three.
 
         Raises:
-            ValueError: a file became shorter since it was opened.
+            ValueError: the file has changed since its header was read.
         """
         shape, dtype = self._form(names)
         out = torch.empty(_with(shape, dim, window.size), dtype=dtype)
@@ -179,6 +206,8 @@ class Checkpoint:
         with entry.file.open("rb", buffering=0) as stream:
             for offset, buffer in reads:
                 self._read_into(stream.fileno(), entry.file, offset, buffer)
+            if _stamp(stream.fileno()) != entry.stamp:
+                raise ValueError(f"`{entry.file}` must not change while it is read, got another size, time or inode")
 
     def _read_into(self, descriptor: int, file: Path, offset: int, buffer: memoryview) -> None:
         done = 0
@@ -208,7 +237,22 @@ def parse_object(file: Path, text: bytes) -> dict[str, Any]:
     return header
 
 
-def _entry(file: Path, name: str, value: Any, begin: int) -> Entry:
+def _stamp(descriptor: int) -> Stamp:
+    status = os.fstat(descriptor)
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _sums(file: Path) -> dict[str, str]:
+    """The sums of a list by the names of their files."""
+    if not file.is_file():
+        raise ValueError(
+            f"`path` must hold {SUMS} to be verified, got none; `sha256sum *.safetensors > {SUMS}` makes it"
+        )
+    lines = [re.fullmatch(r"([0-9a-f]{64}) [ *](.+)", line) for line in file.read_text(errors="replace").splitlines()]
+    return {line[2]: line[1] for line in lines if line}
+
+
+def _entry(file: Path, name: str, value: Any, begin: int, stamp: Stamp) -> Entry:
     """The checked header entry of one tensor."""
     fields: dict[str, Any] = value if isinstance(value, dict) else {}
     dtype, shape, offsets = fields.get("dtype"), fields.get("shape"), fields.get("data_offsets")
@@ -219,7 +263,7 @@ def _entry(file: Path, name: str, value: Any, begin: int) -> Entry:
             f"`{name}` must have as many bytes as its shape and dtype need ({dtype} {shape}), "
             f"got {offsets[1] - offsets[0]} in {file}"
         )
-    return Entry(file, dtype, tuple(shape), begin + offsets[0], begin + offsets[1])
+    return Entry(file, dtype, tuple(shape), begin + offsets[0], begin + offsets[1], stamp)
 
 
 def _with(shape: tuple[int, ...], dim: int, size: int) -> tuple[int, ...]:

@@ -45,6 +45,7 @@ def load(
     shift: int | Shift | AutoShift | Literal["auto", "off"] = "off",
     prefill: Prefill = "ulysses",
     decode: Decode = "local",
+    verify: bool = False,
 ) -> PreTrainedModel:
     """Load a causal LM from safetensors, each rank its own slices.
 
@@ -62,6 +63,8 @@ def load(
         shift: see `parallelize`.
         prefill: see `parallelize`.
         decode: see `parallelize`.
+        verify: first compare all bytes of the files, on every rank, with `SHA256SUMS` beside them, as `sha256sum`
+            writes it.
 
     Returns:
         The Transformers model in evaluation mode; `model.seqpar` has the `LoadReport`.
@@ -69,8 +72,8 @@ def load(
     Comm:  agreement before and after reading.
 
     Raises:
-        TypeError, ValueError: a checkpoint that is corrupt, incomplete, not what its config says, or of a model that
-            cannot be parallelized on this mesh; the same on every rank.
+        TypeError, ValueError: a checkpoint that is corrupt, incomplete, not what its config says, changing while it is
+            read, or of a model that cannot be parallelized on this mesh; the same on every rank.
     """
     groups = comm.groups(mesh)
     place = _device(mesh) if device is None else torch.device(device)
@@ -93,7 +96,9 @@ def load(
         )
         parallel = Parallelized(whole, groups, *modules)
         _check(checkpoint, parallel)
-        options = f"{sequence_sharded} {overlap} {pipeline} {wire} {experts} {shift} {prefill} {decode}"
+        if verify:
+            checkpoint.verify()
+        options = f"{sequence_sharded} {overlap} {pipeline} {wire} {experts} {shift} {prefill} {decode} {verify}"
         content = _describe(checkpoint, parallel) + options.encode()
     check_same("checkpoint, `dtype` and options", content, group=groups.flat, device=place)
     assert parallel is not None and checkpoint is not None
