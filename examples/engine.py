@@ -1,12 +1,13 @@
 """An engine in one file: continuous batching of many requests, on the parts of seqpar. Copy it to begin your own.
 
     torchrun --nproc-per-node 2 examples/engine.py --sp 2 --shift 16 --plot engine.png
-    python examples/engine.py --jsonl requests.jsonl --out answers.jsonl
+    python examples/engine.py --jsonl requests.jsonl --out answers.jsonl --journal tokens.jsonl
 
 Requests come from a JSONL file or a generated trace. Rank 0 hears of them as they arrive and leads; the others follow.
 A line of the file is an object with `prompt` (text or token ids) and, as wanted, `id`, `max_new_tokens`, `at_s` (when
 it arrives), `temperature`, `top_k`, `top_p`, `seed`, `stop` (texts). A line that is none is reported with its number,
 and the others are served. At the end comes a table: time to first token (TTFT), between tokens (TBT), tokens/s, cache.
+An engine that is started again with its journal goes on from the tokens that are there; torchrun --max-restarts does.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from transformers import AutoTokenizer
 
 import seqpar
 from seqpar import batching, comm
-from seqpar.batching import Budget, Generation, Request, Sampling, TemporalFusion
+from seqpar.batching import Budget, Journal, Request, Sampling, TemporalFusion
 from seqpar.partition import Interleave
 
 CHECKPOINT = Path(__file__).parent / "tiny-llama"
@@ -40,16 +41,10 @@ POLICIES = {
 }
 
 
-class Arrival(NamedTuple):
-    at_s: float
-    request: Request
-
-
 class Record(NamedTuple):
-    """What became of a request; `times` are those of its tokens."""
+    """When a request came, and when its tokens did."""
 
     at_s: float
-    generation: Generation
     times: list[float]
 
 
@@ -63,10 +58,13 @@ class Sample(NamedTuple):
     kv: float
 
 
+Arrivals, Records, Samples = list[tuple[float, Request]], list[Record], list[Sample]
+
+
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     torch.set_num_threads(1)
-    mesh = seqpar.init_mesh(tp=options.tp, sp=options.sp)
+    mesh = seqpar.init_mesh(tp=options.tp, sp=options.sp, timeout_s=options.timeout)
     group = comm.groups(mesh).flat
     overlap = Interleave(2, min_tokens=options.overlap) if options.overlap else "off"
     how: dict[str, Any] = {"shift": options.shift or "off", "overlap": overlap}
@@ -80,43 +78,45 @@ def main(arguments: list[str] | None = None) -> int:
     if group.rank():
         loop.follow()
         return 0
-    read = read_jsonl if options.jsonl else generate_trace
-    arrivals, refused = read(options, tokenizer)
-    with loop:
-        records, samples = serve(loop, arrivals, refused)
+    arrivals, refused = (read_jsonl if options.jsonl else generate_trace)(options, tokenizer)
+    with Journal(options.journal) as journal, loop:
+        records, samples = serve(loop, arrivals, refused, journal)
     for message in refused:
         print(f"refused: {message}", file=sys.stderr)
     if options.out:
-        write_answers(options.out, records, tokenizer)
+        write_answers(options.out, journal, tokenizer)
     print(table(options, records, samples, len(refused)))
     if options.plot:
         plot(options.plot, records, samples)
     return 1 if refused else 0
 
 
-def serve(loop: TemporalFusion, arrivals: list[Arrival], refused: list[str]) -> tuple[list[Record], list[Sample]]:
-    """Let requests join as they arrive, and step until none is left; adds to what is refused."""
-    queue = deque(sorted(arrivals, key=lambda arrival: arrival.at_s))
-    live: dict[Any, Record] = {}
-    records: list[Record] = []
-    samples: list[Sample] = []
+def serve(loop: TemporalFusion, arrivals: Arrivals, refused: list[str], journal: Journal) -> tuple[Records, Samples]:
+    """Let requests join as they arrive, and step until none is left; adds to what is refused and to the journal."""
+    queue = deque(sorted(arrivals, key=lambda arrival: arrival[0]))
+    records: dict[Any, Record] = {}
+    samples: Samples = []
     total, shown, start = len(queue), 0.0, time.perf_counter()
     while queue or loop.live:
         now = time.perf_counter() - start
-        while queue and queue[0].at_s <= now:
+        while queue and queue[0][0] <= now:
             at_s, request = queue.popleft()
             try:
-                live[request.id] = Record(at_s, loop.add(request), [])
-                records.append(live[request.id])
-            except ValueError as error:  # of this one alone
+                if request.id in records:
+                    raise ValueError(f"`id` must be of no other request, got {request.id!r} again")
+                if (rest := journal.rest(request)) is not None:
+                    loop.add(rest)
+                records[request.id] = Record(at_s, [])
+            except (ValueError, TypeError) as error:  # of this one alone
                 refused.append(str(error))
         if not loop.live:
-            time.sleep(min(max(0.0, queue[0].at_s - now), 0.05) if queue else 0.0)
+            time.sleep(min(max(0.0, queue[0][0] - now), 0.05) if queue else 0.0)
             continue
         emitted = loop.step()
+        journal.add(emitted)
         now = time.perf_counter() - start
         for each in emitted:
-            live[each.id].times.append(now)
+            records[each.id].times.append(now)
         kv = 1 - loop.kv.free_pages / loop.kv.num_pages
         tokens = loop.latest.num_tokens if loop.latest else 0
         samples.append(Sample(now, len(loop.running), len(loop.waiting), tokens, kv))
@@ -127,10 +127,10 @@ def serve(loop: TemporalFusion, arrivals: list[Arrival], refused: list[str]) -> 
             print(f"\r{now:6.1f} s  {line}, cache {kv:4.0%}, {tokens} tokens a step\033[K", end="", file=sys.stderr)
     if shown:
         print("\r\033[K", end="", file=sys.stderr)
-    return records, samples
+    return list(records.values()), samples
 
 
-def read_jsonl(options: argparse.Namespace, tokenizer: Any) -> tuple[list[Arrival], list[str]]:
+def read_jsonl(options: argparse.Namespace, tokenizer: Any) -> tuple[Arrivals, list[str]]:
     """The requests of a file, and what is wrong with the lines that are none."""
     arrivals, bad = [], []
     for number, line in enumerate(options.jsonl.read_text().splitlines(), 1):
@@ -142,8 +142,8 @@ def read_jsonl(options: argparse.Namespace, tokenizer: Any) -> tuple[list[Arriva
     return arrivals, bad
 
 
-def parse_line(content: Any, number: int, tokenizer: Any, new_tokens: int) -> Arrival:
-    """The request of one line; TypeError or ValueError where it is none."""
+def parse_line(content: Any, number: int, tokenizer: Any, new_tokens: int) -> tuple[float, Request]:
+    """The request of one line, and when it comes; TypeError or ValueError where it is none."""
     if not isinstance(content, dict) or "prompt" not in content:
         raise ValueError("a line must be an object with a `prompt`, got something else")
     prompt = content.pop("prompt")
@@ -155,30 +155,29 @@ def parse_line(content: Any, number: int, tokenizer: Any, new_tokens: int) -> Ar
     ends = {"stop_tokens": {tokenizer.eos_token_id}, "stop_strings": stop}
     if content:
         raise ValueError(f"a line must have no other keys, got {sorted(content)}")
-    return Arrival(at_s, Request(name, ids, new, Sampling(**options), **ends))
+    return at_s, Request(name, ids, new, Sampling(**options), **ends)
 
 
-def generate_trace(options: argparse.Namespace, tokenizer: Any) -> tuple[list[Arrival], list[str]]:
+def generate_trace(options: argparse.Namespace, tokenizer: Any) -> tuple[Arrivals, list[str]]:
     """Poisson arrivals of real text, this file's, with random lengths of prompts and answers."""
     draw, text = random.Random(options.seed), tokenizer(Path(__file__).read_text()).input_ids
-    arrivals, now = [], 0.0
+    arrivals, now = Arrivals(), 0.0
     for number in range(options.requests):
         start, length = draw.randrange(len(text) // 2), draw.randint(1, options.prompt_tokens)
         new = draw.randint(1, options.new_tokens)
-        arrivals.append(Arrival(now, Request(number, (text[start:] + text)[:length], new)))
+        arrivals.append((now, Request(number, (text[start:] + text)[:length], new)))
         now += draw.expovariate(options.rate)
     return arrivals, []
 
 
-def write_answers(path: Path, records: list[Record], tokenizer: Any) -> None:
+def write_answers(path: Path, journal: Journal, tokenizer: Any) -> None:
     with path.open("w") as file:
-        for record in records:
-            got = record.generation
-            answer = {"text": tokenizer.decode(got.tokens), "tokens": got.tokens}
-            file.write(json.dumps({"id": got.request.id, "finish": got.finish, **answer}) + "\n")
+        for name, tokens in journal.tokens.items():
+            answer = {"text": tokenizer.decode(tokens), "tokens": tokens}
+            file.write(json.dumps({"id": name, "finish": journal.finish[name], **answer}) + "\n")
 
 
-def table(options: argparse.Namespace, records: list[Record], samples: list[Sample], refused: int) -> str:
+def table(options: argparse.Namespace, records: Records, samples: Samples, refused: int) -> str:
     """What was measured, for people."""
     seconds, new = samples[-1].at_s if samples else 0.0, sum(len(record.times) for record in records)
     lines = [f"tp={options.tp} sp={options.sp} {options.policy}: {len(records)} served, {refused} refused"]
@@ -193,13 +192,13 @@ def table(options: argparse.Namespace, records: list[Record], samples: list[Samp
     return "\n".join(lines)
 
 
-def latencies(records: list[Record]) -> dict[str, list[float]]:
+def latencies(records: Records) -> dict[str, list[float]]:
     """Seconds to the first tokens, and between tokens."""
     first = [record.times[0] - record.at_s for record in records if record.times]
     return {"TTFT": first, "TBT": [b - a for record in records for a, b in pairwise(record.times)]}
 
 
-def plot(path: str, records: list[Record], samples: list[Sample]) -> None:
+def plot(path: str, records: Records, samples: Samples) -> None:
     """What ran and waited over time, and how long tokens took."""
     from matplotlib.figure import Figure
 
@@ -224,6 +223,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--model", type=Path, default=CHECKPOINT, help="checkpoint folder (default: the bundled one)")
     add("--jsonl", type=Path, help="requests; a trace is generated without it")
     add("--out", type=Path, help="where answers go, as JSONL")
+    add("--journal", type=Path, help="where each token goes as it comes; what is there already is gone on from")
+    add("--timeout", type=float, default=300.0, help="seconds after which a rank that does not come is given up")
     add("--plot", help="where a picture goes")
     add("--tp", type=int, default=1, help="tensor-parallel ranks")
     add("--sp", type=int, default=1, help="sequence-parallel ranks")

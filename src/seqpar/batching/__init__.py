@@ -20,6 +20,7 @@ from seqpar.batching.compose import (
     compose,
 )
 from seqpar.batching.fusion import Emitted, Finish, Generation, Preemption, StepFunction, TemporalFusion
+from seqpar.batching.journal import Journal
 from seqpar.batching.requests import Progress, Request, Sampling
 from seqpar.batching.sampling import sample, uniform
 from seqpar.batching.sharing import share
@@ -34,6 +35,7 @@ __all__ = [
     "Finish",
     "FullHybrid",
     "Generation",
+    "Journal",
     "Policy",
     "Preemption",
     "PrefillFirst",

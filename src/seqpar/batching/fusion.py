@@ -30,7 +30,7 @@ from seqpar.batching.compose import Budget, Policy, Room, Step, compose
 from seqpar.batching.requests import Progress, Request
 from seqpar.batching.sampling import sample
 from seqpar.batching.sharing import share
-from seqpar.comm import ProcessGroup
+from seqpar.comm import CommError, ProcessGroup
 from seqpar.kv import PagedKV, SavedKV
 from seqpar.kv.compaction import Strategy
 from seqpar.ragged import RaggedBatch
@@ -70,15 +70,15 @@ class Generation:
 
     Attributes:
         request: as it was added.
-        tokens: generated so far.
+        tokens: generated so far, first those that the request came with.
         finish: why it has ended; None while it is live.
     """
 
     def __init__(self, request: Request, loop: TemporalFusion) -> None:
         self.request = request
-        self.tokens: list[int] = []
+        self.tokens: list[int] = list(request.generated)
         self.finish: Finish | None = None
-        self._known = list(request.prompt)
+        self._known = list(request.known)
         self._loop = loop
 
     def __iter__(self) -> Iterator[int]:
@@ -224,7 +224,16 @@ class TemporalFusion:
         """Run one iteration: let requests leave and join, compute, give what was generated.
 
         Comm:  the model's, on every rank; a broadcast where one leads.
+
+        Raises:
+            CommError: another rank died, raised or did not come; what is computed and generated is as before the step.
         """
+        try:
+            return self._iterate()
+        except CommError as error:
+            raise CommError(f"step {self.steps + 1} of the loop: {error}") from error
+
+    def _iterate(self) -> tuple[Emitted, ...]:
         orders = self._orders()
         before = set(self._running)
         emitted = self._leave(orders.leaving)
@@ -278,9 +287,9 @@ class TemporalFusion:
         kv, name = self.kv, repr(request.id)
         if request.id in self._live or request.id in kv:
             raise ValueError(f"`id` must be of no other live request, got {name} again")
-        if max(request.prompt) >= self._vocab_size:
+        if max(request.known) >= self._vocab_size:
             raise ValueError(
-                f"`prompt` must hold ids below {self._vocab_size}, got {max(request.prompt)} for request {name}"
+                f"`prompt` must hold ids below {self._vocab_size}, got {max(request.known)} for request {name}"
             )
         pages = -(-request.most_cached // kv.page_size)
         most = kv.num_pages if kv.pages_per_request is None else min(kv.num_pages, kv.pages_per_request)
@@ -314,7 +323,7 @@ class TemporalFusion:
     def _join(self, requests: list[Request]) -> None:
         for request in requests:
             self._live.setdefault(request.id, Generation(request, self))
-            progress = Progress(request.id, len(request.prompt), request.most_cached)
+            progress = Progress(request.id, len(request.known), request.most_cached)
             self._progress[request.id] = progress
             self._waiting.append(progress)
 

@@ -57,10 +57,13 @@ class Request:
         sampling: how they are drawn.
         stop_tokens: tokens after which the request is finished; they are part of its output.
         stop_strings: texts after which it is finished; the tokens that complete one are part of its output.
+        generated: tokens of its output that are there already, from a loop that has ended; the next is drawn as that
+            loop would have drawn it.
 
     Raises:
         TypeError: an id that is not hashable, tokens or their number that are no integers, stop strings that are none.
-        ValueError: an empty prompt, no tokens to generate, negative token ids, an empty stop string.
+        ValueError: an empty prompt, no tokens to generate, negative token ids, an empty stop string; generated tokens
+            that have reached the most, or a stop token.
     """
 
     id: Hashable
@@ -69,29 +72,41 @@ class Request:
     sampling: Sampling = Sampling()
     stop_tokens: Collection[int] = frozenset()
     stop_strings: Sequence[str] = ()
+    generated: Sequence[int] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "prompt", tuple(self.prompt))
         object.__setattr__(self, "stop_tokens", frozenset(self.stop_tokens))
         object.__setattr__(self, "stop_strings", tuple(self.stop_strings))
+        object.__setattr__(self, "generated", tuple(self.generated))
         self._check_types()
         if not self.prompt:
             raise ValueError(f"`prompt` must have at least one token, got none for request {self.id!r}")
-        if min(self.prompt) < 0:
-            raise ValueError(f"`prompt` must hold token ids >= 0, got {min(self.prompt)} for request {self.id!r}")
+        if min(self.known) < 0:
+            raise ValueError(f"`prompt` must hold token ids >= 0, got {min(self.known)} for request {self.id!r}")
         if self.max_new_tokens < 1:
             raise ValueError(f"`max_new_tokens` must be at least 1, got {self.max_new_tokens} for request {self.id!r}")
         if "" in self.stop_strings:
             raise ValueError(f"`stop_strings` must not be empty texts, got one for request {self.id!r}")
+        if len(self.generated) >= self.max_new_tokens or set(self.stop_tokens) & set(self.generated):
+            raise ValueError(
+                f"`generated` must be fewer than {self.max_new_tokens} tokens and no stop token, got "
+                f"{len(self.generated)} for request {self.id!r}; it has ended"
+            )
 
     def _check_types(self) -> None:
         """Refuse now what would raise in the middle of a step, with others beside it."""
         if not isinstance(self.id, Hashable):
             raise TypeError(f"`id` must be hashable, got {type(self.id).__name__}")
-        if not all(isinstance(token, int) for token in (*self.prompt, self.max_new_tokens)):
+        if not all(isinstance(token, int) for token in (*self.known, self.max_new_tokens)):
             raise TypeError(f"`prompt` and `max_new_tokens` must be integers, got others for request {self.id!r}")
         if not all(isinstance(stop, str) for stop in self.stop_strings):
             raise TypeError(f"`stop_strings` must be texts, got others for request {self.id!r}")
+
+    @property
+    def known(self) -> tuple[int, ...]:
+        """Tokens of the prompt, and those that were generated before the request joined."""
+        return (*self.prompt, *self.generated)
 
     @property
     def most_cached(self) -> int:
