@@ -3,6 +3,7 @@
 #   make demo            the main job on 2 ranks; RANKS=4 make demo for 4
 #   make test            format, lint, types, layering, tests: what CI runs
 #   make bench           quick benchmarks; `make peers` first to compare with DeepSpeed and yunchang too
+#   make paper           published numbers beside what the plan says of them
 
 RANKS ?= 2
 PYTHON ?= $(firstword $(foreach p,python3 python3.11 python3.12 python3.13 python3.14,$(shell \
@@ -21,7 +22,7 @@ TORCHRUN := OMP_NUM_THREADS=1 $(BIN)/torchrun --nnodes=1 --rdzv-backend=c10d --r
   --local-addr=127.0.0.1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench peers clean
+.PHONY: help setup demo test lint bench paper peers clean
 
 help:  ## what there is
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
@@ -53,6 +54,9 @@ bench: $(STAMP)  ## quick benchmarks on this machine (minutes); peers that are n
 	@for name in layers overlap phases wire shift csa kv decode paper_overlap paper_shift paper_long; do name=benchmarks/$$name.py; \
 	  echo "bench: $$name"; \
 	  $$( [ -x $(PEERS)/bin/python ] && echo $(PEERS)/bin/python || echo $(BIN)/python ) $$name --quick || exit 1; done
+
+paper: $(STAMP)  ## docs/paper-results.md: every published number beside what the plan says of it
+	@$(BIN)/python benchmarks/paper_results.py --json docs/results/paper-results.json --markdown docs/paper-results.md
 
 peers: $(PEERS_STAMP)  ## a second environment with the libraries that the benchmarks compare with
 

@@ -36,6 +36,7 @@ from seqpar.plan.ring import RingCase, RingCosts, ring_costs, ring_method, ring_
 from seqpar.plan.schedule import Schedule, Slot, bound, makespan, repeated_makespan
 from seqpar.plan.shift import ShiftChoice, StepCosts, shift, undecided
 from seqpar.plan.steps import step_costs, step_seconds
+from seqpar.plan.tune import Plan, Saturated, Tuned, Workload, best, saturated
 from seqpar.plan.usp import USPCosts, usp_costs, usp_volumes
 from seqpar.plan.volumes import Volume, closed_volume, layer_volumes
 
@@ -63,8 +64,10 @@ __all__ = [
     "Options",
     "OverlapChoice",
     "Part",
+    "Plan",
     "RingCase",
     "RingCosts",
+    "Saturated",
     "Schedule",
     "ShiftChoice",
     "Slot",
@@ -72,9 +75,12 @@ __all__ = [
     "StepCosts",
     "StepWork",
     "Tier",
+    "Tuned",
     "USPCosts",
     "Volume",
+    "Workload",
     "balanced_chunk",
+    "best",
     "bound",
     "calibrate",
     "calibrate_decode",
@@ -98,6 +104,7 @@ __all__ = [
     "ring_method",
     "ring_seconds",
     "ring_volumes",
+    "saturated",
     "saturating_chunk",
     "shift",
     "step_costs",

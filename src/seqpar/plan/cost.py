@@ -280,6 +280,8 @@ class Costs:
         default_factory=dict, init=False, repr=False
     )
     _around: dict[tuple[Layout, int, int], float] = field(default_factory=dict, init=False, repr=False)
+    _one_by_one: dict[tuple[Layout, int], float] = field(default_factory=dict, init=False, repr=False)
+    _rates: dict[Layout, tuple[float, float, bool]] = field(default_factory=dict, init=False, repr=False)
     _of_heads: dict[tuple[str, Layout], int] = field(default_factory=dict, init=False, repr=False)
     _ships: dict[Layout, MethodCosts] = field(default_factory=dict, init=False, repr=False)
 
@@ -348,7 +350,7 @@ class Costs:
         return Breakdown(
             total_s=layers + rest,
             parts=parts,
-            hidden_s=sum(part.seconds for part in parts) - layers - rest,
+            hidden_s=sum(part.seconds for part in parts) - layers - rest if self._cuts(work) else 0.0,
             memory=self.memory(held, work.tokens, work.rows),
             stage_s=layers * self._stage_share + rest if self.grid.pp > 1 else layers + rest,
             layout=layout,
@@ -404,7 +406,7 @@ class Costs:
         """Of one token in the cache, on one rank of a stage."""
         shape, layers = self.model.shape, ceil(self.model.num_layers / self.grid.pp)
         token = 2 * layers * shape.head_dim * self.options.kv_itemsize
-        if self.options.decode == "qship" or self.options.prefill == "ring":
+        if self.options.decode == "qship" or self._base.size > shape.num_heads:
             return token * ceil(shape.num_kv_heads / self._base.tp) / self._base.sp
         return token * self._most_kv(self._base)
 
@@ -430,20 +432,21 @@ class Costs:
         """The longest stage's share of the layers."""
         return max(even_split(self.model.num_layers, self.grid.pp)) / self.model.num_layers
 
+    def _cuts(self, work: StepWork) -> tuple[int, ...]:
+        return self.options.overlap.cuts_of(work.tokens) if self.options.overlap else ()
+
     def _times(self, work: StepWork, prompt: Prompt | None = None) -> tuple[float, float]:
         """Seconds of all layers under the schedule, and of what is around them."""
         if not work.tokens:
             return 0.0, 0.0
         layout = self.layout_of(work.tokens)
-        cuts = self.options.overlap.cuts_of(work.tokens) if self.options.overlap else ()
+        cuts = self._cuts(work)
         at = (layout, work.tokens, work.rows)
         rest = self._around.get(at)
         if rest is None:
             rest = self._around[at] = sum(part.seconds for part in self._ends(layout, work))
         if not cuts:
-            return sum(
-                count * sum(map(sum, self._slots(layout, work, mixture))) for mixture, count in self._layers
-            ), rest
+            return self._serial(layout, work.tokens) + self.model.num_layers * self._attention_s(layout, work), rest
         chunks = _chunks(work, cuts, prompt)
         phases = [([self._slots(layout, each, mixture) for each in chunks], count) for mixture, count in self._layers]
         contention = self._contention(layout, chunks[0].tokens)
@@ -452,8 +455,29 @@ class Costs:
     def _slots(self, layout: Layout, work: StepWork, mixture: bool) -> list[Slot]:
         """The slots of one layer."""
         local, comm = self._fixed(layout, work.tokens, mixture)
-        attention = sum(piece.seconds for piece in self._attention(layout, work))
+        attention = self._attention_s(layout, work)
         return [Slot(local[i] + (attention if i == 1 else 0.0), comm[i]) for i in range(4)]
+
+    def _serial(self, layout: Layout, tokens: int) -> float:
+        """Of all layers what depends on the number of tokens alone, one after another."""
+        at = (layout, tokens)
+        kept = self._one_by_one.get(at)
+        if kept is None:
+            each = ((count, self._fixed(layout, tokens, mixture)) for mixture, count in self._layers)
+            kept = self._one_by_one[at] = fsum(count * fsum((*local, *comm)) for count, (local, comm) in each)
+        return kept
+
+    def _attention_s(self, layout: Layout, work: StepWork) -> float:
+        """Of one layer, all of `_attention`."""
+        rates = self._rates.get(layout)
+        if rates is None:
+            plain = layout.sp == 1 or (self.options.prefill, self.options.decode) == ("ulysses", "local")
+            rates = self._rates[layout] = (self._pair_s(layout), self._key_s(layout), plain)
+        pair_s, key_s, plain = rates
+        if not plain:
+            return fsum(piece.seconds for piece in self._attention(layout, work))
+        prompts = max(work.pairs * pair_s, work.keys * key_s) if work.pairs else 0.0
+        return prompts + work.cached * key_s
 
     def _fixed(self, layout: Layout, tokens: int, mixture: bool) -> tuple[list[float], list[float]]:
         """Of each slot what depends on the number of tokens alone: local work, and the collective."""
@@ -534,21 +558,17 @@ class Costs:
                 seconds = self._shipped(layout).seconds(max(1, work.decodes), int(work.cached))
             else:
                 seconds = work.cached * self._key_s(layout)
+                if options.prefill == "ring" and 1 < layout.size <= shape.num_heads:
+                    exchanges = fsum(piece.seconds for piece in self._exchanges(layout, work.decodes))
+                    found.append(_Piece(1, "exchange, decodes", "link", exchanges))
             found.append(_Piece(1, "attention, decodes", "memory", seconds))
         return found
 
     def _sends(self, layout: Layout, tokens: int) -> list[_Piece]:
         """Collectives of one layer: exchanges over sp before and after attention, sums over tp after each half."""
         shape, hardware, wire, (tp, sp) = self.model.shape, self.hardware, self.options.wire, layout
-        strides, found = self._strides(layout), []
-        if sp > 1 and self.options.prefill == "ulysses":
-            head = shape.head_dim * _HALF if wire is None else encoded_width(shape.head_dim, wire)
-            there = ceil(tokens / sp) * self._others(layout) * head
-            back = (tokens - tokens // sp) * self._most_q(layout) * head
-            found += [
-                _Piece(0, "exchange in", "link", hardware.pass_s(there, sp, strides.sp)),
-                _Piece(1, "exchange out", "link", hardware.pass_s(back, sp, strides.sp)),
-            ]
+        strides = self._strides(layout)
+        found = self._exchanges(layout, tokens) if self.options.prefill == "ulysses" else []
         if tp > 1:
             rows, row = ceil(tokens / sp), shape.hidden_size * _HALF
             sent = rows * (row if wire is None else encoded_width(shape.hidden_size, wire))
@@ -559,6 +579,20 @@ class Costs:
             passes = len(found) * 2 * ceil(tokens / sp) * shape.hidden_size * (_HALF + 1)
             found.append(_Piece(3, "quantising", "memory", passes / hardware.accelerator.memory_rate))
         return found
+
+    def _exchanges(self, layout: Layout, tokens: int) -> list[_Piece]:
+        """Heads for tokens before attention, and back after it, as busy as the busiest rank is."""
+        dim, wire, sp = self.model.shape.head_dim, self.options.wire, layout.sp
+        if sp == 1:
+            return []
+        head = dim * _HALF if wire is None else encoded_width(dim, wire)
+        there = ceil(tokens / sp) * self._others(layout) * head
+        back = (tokens - tokens // sp) * self._most_q(layout) * head
+        stride = self._strides(layout).sp
+        return [
+            _Piece(0, "exchange in", "link", self.hardware.pass_s(there, sp, stride)),
+            _Piece(1, "exchange out", "link", self.hardware.pass_s(back, sp, stride)),
+        ]
 
     def _ends(self, layout: Layout, work: StepWork) -> list[Part]:
         """What is around the layers: embedding, head, messages between stages, the engine."""

@@ -184,9 +184,18 @@ class Tier:
 
     def options(self, ranks: int) -> tuple[Fabric, ...]:
         """The algorithms for a group of so many ranks, each as measured for the nearest size that is no smaller."""
-        sizes = sorted({fabric.ranks for fabric in self.fabrics})
-        size = next((size for size in sizes if size >= ranks), sizes[-1])
-        return tuple(replace(fabric, ranks=ranks) for fabric in self.fabrics if fabric.ranks == size)
+        found = self._of_ranks.get(ranks)
+        if found is None:
+            sizes = sorted({fabric.ranks for fabric in self.fabrics})
+            size = next((size for size in sizes if size >= ranks), sizes[-1])
+            found = tuple(replace(fabric, ranks=ranks) for fabric in self.fabrics if fabric.ranks == size)
+            self._of_ranks[ranks] = found
+        return found
+
+    @cached_property
+    def _of_ranks(self) -> dict[int, tuple[Fabric, ...]]:
+        """What `options` has worked out."""
+        return {}
 
     def best(self, num_bytes: Number, ranks: int) -> Fabric:
         """The algorithm that sums so many bytes the fastest."""
@@ -327,7 +336,10 @@ MACHINES: Mapping[str, Machine] = MappingProxyType(
 occupies is assumed (NCCL's channels; a switch all-reduce saturates with 4 to 8)."""
 
 
-_SARATHI = "shares of the data sheet's rates as an A6000 reaches them, solved for on rows of SARATHI (arXiv:2308.16369)"
+_SARATHI = (
+    "shares of products and memory as an A6000 reaches them, solved for on two rows of SARATHI (arXiv:2308.16369); "
+    "that of attention is assumed: SARATHI's kernels reach 0.28"
+)
 _WEAVE = (
     "shares of products and attention solved for on TokenWeave's times of 16k and 64k tokens (arXiv:2505.11329), "
     "of the memory on Shift Parallelism's decodes of Llama-70B (arXiv:2509.16495); 2 us a kernel is assumed"
@@ -338,7 +350,7 @@ _GIB = float(1 << 30)  # what data sheets call a GB of memory where drivers show
 
 def _ampere(name: str, flops: float, hbm: float, sms: int, memory: float, fp8: float | None = None) -> Accelerator:
     """GPUs that take what an A6000 reaches."""
-    shares = {"gemm_efficiency": 0.84, "attention_efficiency": 0.55, "hbm_efficiency": 0.75}
+    shares = {"gemm_efficiency": 0.774, "attention_efficiency": 0.55, "hbm_efficiency": 0.746}
     return Accelerator(
         name, flops, hbm, sms, **shares, tile=_TILE, source=_SARATHI, memory_bytes=memory, fp8_flops=fp8 or flops
     )
