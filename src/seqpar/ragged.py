@@ -501,9 +501,6 @@ def _page_table(
     width = max(counts, default=0)
     if not width:
         return torch.zeros(len(pages), 0, dtype=torch.int32)
-    table, fill = array("i"), array("i", (0,) * width)
-    for row, count in zip(pages, counts, strict=True):
-        table += row if isinstance(row, array) else array("i", row)
-        if count < width:
-            table += fill[count:]
-    return torch.frombuffer(table, dtype=torch.int32).view(len(pages), width)
+    row_bytes = width * array("i").itemsize
+    rows = [(row if isinstance(row, array) else array("i", row)).tobytes().ljust(row_bytes, b"\0") for row in pages]
+    return torch.frombuffer(bytearray().join(rows), dtype=torch.int32).view(len(pages), width)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -200,15 +200,25 @@ class PagedKV:
             OutOfPages: not all of them fit; then nothing has changed.
             ValueError: a request may never hold as many pages, or a number is negative; likewise.
         """
-        there = self._requests
+        self._hold(q_lens.keys(), q_lens.values())
+
+    def _hold(self, requests: Collection[Hashable], q_lens: Iterable[int]) -> list[_Request]:
+        """Some requests, with room for that many more tokens of each; see `reserve`."""
+        there, absent = self._requests, _Request(self.version)
+        held = [there.get(request, absent) for request in requests]
         asking = {
             request: new
-            for request, new in q_lens.items()
-            if request not in there or new < 0 or there[request].length + new > there[request].ready
+            for request, each, new in zip(requests, held, q_lens, strict=True)
+            if each is absent or new < 0 or each.length + new > each.ready
         }
-        if not asking:
-            return
-        room = self._room(asking)
+        if asking:
+            self._make_room(asking)
+            held = [there[request] for request in requests]
+        return held
+
+    def _make_room(self, asking: Mapping[Hashable, int]) -> None:
+        """Find pages for all of these requests or for none."""
+        there, room = self._requests, self._room(asking)
         if room.wanted > self.free_pages:
             raise OutOfPages(
                 f"out of pages: the new tokens must fit into the free pages ({self.free_pages} of {self.num_pages}, "
@@ -249,8 +259,7 @@ class PagedKV:
             raise ValueError(
                 f"`positions` must have one entry per new token ({sum(q_lens)}), got {list(positions.shape)}"
             )
-        self.reserve(dict(zip(requests, q_lens, strict=True)))
-        held = [self._requests[request] for request in requests]
+        held = self._hold(requests, q_lens)
         for each, new in zip(held, q_lens, strict=True):
             each.length += new
         return RaggedBatch.build(
