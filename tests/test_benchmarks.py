@@ -449,3 +449,122 @@ def test_a_rule_of_other_times_than_judged_is_off_and_regretted(decode) -> None:
     rows = [row for row in decode.rows_of(verdict) if row.target is not None]
     assert verdict.crossover(1) is None and not any(row.ok for row in rows if "1 request(s)" in row.name)
     assert verdict.regret(1, 1024) == pytest.approx((1 + 1.024 + 2.5) / (3 + 0.512) - 1)
+
+
+@pytest.fixture
+def batching(common, monkeypatch: pytest.MonkeyPatch):
+    import batching
+
+    return batching
+
+
+def served(batching, tokens, times, arrived=(0.0, 0.0)):
+    return batching.Served([list(each) for each in tokens], [list(each) for each in times], list(arrived))
+
+
+def test_a_piggybacked_decode_by_hand(batching, common) -> None:
+    """64 prompt tokens take 64 s, 61 of them and 3 decodes 67 s: 2 s each; alone 4 take 20 s."""
+    slow = (1.0, 3.0, 2.0)  # a machine that slows down by turns
+    prompt, decode, mixed = (
+        common.Timing(name, tuple(seconds * turn for turn in slow))
+        for name, seconds in (("prompt", 64.0), ("decode", 20.0), ("mixed", 67.0))
+    )
+    mix = batching.Piggyback(64, 4, prompt, decode, mixed)
+    assert [timing.rounds[0] for timing in mix.marginal_s()] == pytest.approx([2.0, 5.0])
+    found = batching.Found("made up", 1, [mix], None, [])
+    (row,) = batching.rows_of(found)
+    assert (row.value, row.target, row.ok) == (pytest.approx(0.4), 0.35, False)
+    assert row.interval == pytest.approx((0.4, 0.4))
+
+
+def test_policies_are_judged_by_hand(batching) -> None:
+    """Two requests of three tokens; the second of them comes at 1 s."""
+    runs = {
+        "one at a time": served(batching, [[1] * 3] * 2, [(2, 3, 4), (6, 7, 8)], (0.0, 1.0)),
+        "PrefillFirst": served(batching, [[1] * 3] * 2, [(1, 3, 4), (2, 3, 4)], (0.0, 1.0)),
+        "StallFree": served(batching, [[1] * 3] * 2, [(1.0, 1.5, 2.0), (1.25, 1.5, 2.0)], (0.0, 1.0)),
+    }
+    assert runs["one at a time"].tokens_per_s == 6 / 8 and runs["one at a time"].first_s == [2.0, 5.0]
+    assert runs["PrefillFirst"].gaps_s == [2, 1, 1, 1]
+    rows = {row.name: row for row in batching.policy_rows("it", {name: [run] * 3 for name, run in runs.items()})}
+    throughput, worst = (
+        rows["it: StallFree: throughput ÷ one at a time"],
+        rows["it: StallFree: worst TBT ÷ PrefillFirst"],
+    )
+    assert (throughput.value, throughput.target, throughput.ok) == (4.0, 3.0, True)
+    assert (worst.value, worst.target, worst.ok) == (0.25, 0.3, True)
+    assert rows["it: PrefillFirst: throughput ÷ one at a time"].ok is None
+
+
+def test_tokens_must_be_those_of_each_request_alone(batching, common) -> None:
+    expected = served(batching, [[1, 2, 3], [4, 5]], [(1, 2, 3), (1, 2)])
+    margins = [[0.5, 1e-6, 0.5], [0.5, 0.5]]
+    assert batching.compare("it", expected, expected, margins) == 0
+    close = served(batching, [[1, 7, 8], [4, 5]], [(1, 2, 3), (1, 2)])
+    assert batching.compare("it", close, expected, margins) == 2, "two logits are too close to say which is larger"
+    for tokens, message in (
+        ([[1, 2, 8], [4, 5]], "request 0 generates 8 instead of 3 at 2"),
+        ([[1, 7, 8], [4, 6]], "request 1 generates 6 instead of 5 at 1"),
+        ([[1, 2, 3], [4]], "request 1 has 1 tokens instead of 2"),
+    ):
+        with pytest.raises(common.WrongResultError, match=message):
+            batching.compare("it", served(batching, tokens, expected.times), expected, margins)
+
+
+def test_instances_are_joined_in_the_order_of_requests(batching) -> None:
+    even = served(batching, [[1], [3]], [(1.0,), (3.0,)], (0.0, 2.0)), [0.1, 0.3]
+    odd = served(batching, [[2, 2]], [(2.0, 2.5)], (1.0,)), [0.2, 0.25]
+    whole, close = batching.joined([even, odd], 3)
+    assert whole.tokens == [[1], [2, 2], [3]] and whole.arrived == [0.0, 1.0, 2.0] and whole.seconds == 3.0
+    assert close == [[0.1], [0.2, 0.25], [0.3]]
+
+
+def test_traces_are_the_same_for_a_seed(batching) -> None:
+    arrivals = batching.trace(batching.LARGE, 1000, 16)
+    assert arrivals == batching.trace(batching.LARGE, 1000, 16) != batching.trace(batching.LARGE, 1000, 16, seed=1)
+    assert [len(each.prompt) for each in arrivals].count(192) == 4 and arrivals[-1].at > arrivals[11].at == 0
+    requests = batching.poisson(2000, 0.5, 4, 1000)
+    assert {(len(each.prompt), each.new) for each in requests} == {(8, 4)}
+    assert requests[-1].at / 1999 == pytest.approx(0.5, rel=0.1)
+
+
+def test_the_host_is_timed_and_reported(batching, tmp_path: Path) -> None:
+    timings = batching.host(3)
+    rows = batching.host_rows(timings)
+    assert [row.unit for row in rows] == ["ms", "ms"] and all(0.001 < row.value < 50 for row in rows)
+    text = batching.tables([], rows)
+    assert text.count("| ≤ 0.3 |") == 2 and "256 decodes and two chunks" in text
+
+
+@pytest.mark.slow
+def test_batching_is_measured_whole_on_two_ranks(tmp_path: Path) -> None:
+    found, page, picture = tmp_path / "found.json", tmp_path / "page.md", tmp_path / "found.png"
+    options = ["--quick", "--models", "bundled", "--json", found, "--markdown", page, "--plot", picture]
+    ran = subprocess.run(
+        [sys.executable, BENCHMARKS / "batching.py", *map(str, options)], capture_output=True, text=True, timeout=300
+    )
+    assert ran.returncode == 0, ran.stderr
+    written = json.loads(found.read_text())
+    assert [(each["model"], each["ranks"]) for each in written["meta"]["found"]] == [("bundled", 1), ("bundled", 2)]
+    assert "bundled, 2 ranks: StallFree: worst TBT ÷ PrefillFirst" in ran.stdout and "11.2 x" in page.read_text()
+    assert picture.stat().st_size > 1000
+
+
+@pytest.mark.slow
+def test_batching_prints_nothing_over_wrong_tokens(tmp_path: Path) -> None:
+    script = tmp_path / "benchmarks" / "batching.py"
+    script.parent.mkdir()
+    right = (BENCHMARKS / "batching.py").read_text()
+    wrong = right.replace("found.tokens[number].append(token)", "found.tokens[number].append(token + (live > steps))")
+    assert wrong != right
+    script.write_text(wrong)
+    (script.parent / "common.py").write_text((BENCHMARKS / "common.py").read_text())
+    (tmp_path / "examples").symlink_to(BENCHMARKS.parent / "examples")
+    ran = subprocess.run(
+        [sys.executable, script, "--quick", "--models", "bundled", "--ranks", "1", "--only", "policies"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert ran.returncode == 1 and not ran.stdout
+    assert "WRONG RESULT" in ran.stderr and "instead of" in ran.stderr
