@@ -7,6 +7,7 @@ from a batch to logits, such as `seqpar.hf.Stepper`.
 from seqpar.batching.compose import (
     Admission,
     Budget,
+    Composer,
     DecodeMaximal,
     Draft,
     Exclusive,
@@ -28,6 +29,7 @@ from seqpar.batching.sharing import share
 __all__ = [
     "Admission",
     "Budget",
+    "Composer",
     "DecodeMaximal",
     "Draft",
     "Emitted",

@@ -28,6 +28,7 @@ from seqpar.ragged import RaggedBatch
 __all__ = [
     "Admission",
     "Budget",
+    "Composer",
     "DecodeMaximal",
     "Draft",
     "Exclusive",
@@ -156,6 +157,29 @@ def compose(
         if draft.is_empty:
             draft.prefill()
     return draft.step()
+
+
+@dataclass(frozen=True)
+class Composer:
+    """A policy within a budget, as `plan.simulate` takes it, which lies below this package.
+
+    Args:
+        policy: what steps are made of.
+        budget: bounds of each.
+    """
+
+    policy: Policy
+    budget: Budget
+
+    def begin(self, id: Hashable, tokens: int, limit: int) -> Progress:
+        """A request of which nothing is computed."""
+        return Progress(id, tokens, limit)
+
+    def __call__(
+        self, running: Sequence[Progress], waiting: Sequence[Progress], page_size: int, free_pages: int
+    ) -> Step:
+        """The next step, see `compose`."""
+        return compose(running, waiting, self.budget, self.policy, Room(page_size, free_pages))
 
 
 class Draft:
