@@ -8,6 +8,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from seqpar.comm.agreement import agree
 from seqpar.comm.allreduce import Algorithm, all_reduce_algorithm
+from seqpar.comm.backends import backends
 from seqpar.comm.check import check
 from seqpar.comm.collectives import (
     all_gather_async,
@@ -89,6 +90,7 @@ __all__ = [
     "all_to_all",
     "all_to_all_async",
     "all_to_all_steps",
+    "backends",
     "broadcast",
     "broadcast_async",
     "broadcast_steps",
