@@ -51,7 +51,7 @@ test: lint  ## what CI runs: lint, then the fast tests
 	@$(BIN)/python -m pytest -q -m 'not slow and not gpu'
 
 bench: $(STAMP)  ## quick benchmarks on this machine (minutes); peers that are not installed are listed
-	@for name in layers overlap phases wire shift csa kv decode batching simulate paper_overlap paper_shift paper_long; do name=benchmarks/$$name.py; \
+	@for name in layers overlap phases wire shift csa kv decode batching simulate pipeline paper_overlap paper_shift paper_long; do name=benchmarks/$$name.py; \
 	  echo "bench: $$name"; \
 	  $$( [ -x $(PEERS)/bin/python ] && echo $(PEERS)/bin/python || echo $(BIN)/python ) $$name --quick || exit 1; done
 

@@ -1,8 +1,8 @@
 """Run functions on several ranks: a persistent pool of gloo processes for each world size.
 
-`run_ranks(p, fn, *args)` calls `fn(rank, p, *args)` on p ranks, and `run_mesh((tp, sp), fn, *args)` calls
-`fn(mesh, *args)`, with the mesh cached in the worker. Both return the ranks' results as a list in rank order. `fn` is a
-module-level function; arguments and results travel by pickle (a tensor is copied).
+`run_ranks(p, fn, *args)` calls `fn(rank, p, *args)` on p ranks, and `run_mesh((tp, sp), fn, *args)`, or of
+(pp, tp, sp), calls `fn(mesh, *args)`, with the mesh cached in the worker. Both return the ranks' results as a list in
+rank order. `fn` is a module-level function; arguments and results travel by pickle (a tensor is copied).
 
     def body(mesh, n):
         x = torch.arange(n, dtype=torch.float64)
@@ -30,6 +30,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Collection, Iterable, Sequence
+from math import prod
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -95,11 +96,10 @@ def run_ranks(
 
 
 def run_mesh(
-    layout: tuple[int, int], fn: Callable[..., Any], *args: Any, deterministic: bool = False, **options: Any
+    layout: tuple[int, ...], fn: Callable[..., Any], *args: Any, deterministic: bool = False, **options: Any
 ) -> list[Any]:
-    """Call `fn(mesh, *args)` on tp * sp ranks, with the mesh of `layout` = (tp, sp); options as `run_ranks`."""
-    tp, sp = layout
-    return run_ranks(tp * sp, _on_mesh, fn, (tp, sp, deterministic), args, **options)
+    """Call `fn(mesh, *args)` on the ranks of `layout`, (tp, sp) or (pp, tp, sp); options as `run_ranks`."""
+    return run_ranks(prod(layout), _on_mesh, fn, (tuple(layout), deterministic), args, **options)
 
 
 def stop_pools() -> None:
@@ -270,13 +270,13 @@ def _traceback(error: BaseException) -> str:
     return "".join(report.format())
 
 
-_MESHES: dict[tuple[int, int, bool], Any] = {}
+_MESHES: dict[tuple[tuple[int, ...], bool], Any] = {}
 
 
-def _on_mesh(rank: int, p: int, fn: Callable[..., Any], key: tuple[int, int, bool], args: Sequence[Any]) -> Any:
+def _on_mesh(rank: int, p: int, fn: Callable[..., Any], key: tuple[tuple[int, ...], bool], args: Sequence[Any]) -> Any:
     from seqpar.comm import init_mesh
 
     if key not in _MESHES:
-        tp, sp, deterministic = key
-        _MESHES[key] = init_mesh(tp, sp, "cpu", deterministic=deterministic)
+        (*pp, tp, sp), deterministic = key
+        _MESHES[key] = init_mesh(tp, sp, "cpu", pp=pp[0] if pp else None, deterministic=deterministic)
     return fn(_MESHES[key], *args)

@@ -568,3 +568,45 @@ def test_batching_prints_nothing_over_wrong_tokens(tmp_path: Path) -> None:
     )
     assert ran.returncode == 1 and not ran.stdout
     assert "WRONG RESULT" in ran.stderr and "instead of" in ran.stderr
+
+
+@pytest.fixture
+def bubbles(common, monkeypatch: pytest.MonkeyPatch):
+    import pipeline
+
+    return pipeline
+
+
+def test_bubbles_are_predicted_beside_what_was_published(bubbles) -> None:
+    """Every token of every request is computed once, whatever the policy; chunks leave fewer bubbles than prompts."""
+    lengths = bubbles.lengths_of(40)
+    assert all(1024 <= prompt + new <= 4096 and prompt // new in (9, 10) for prompt, new in lengths)
+    works = {}
+    for name, policy in (("orca", bubbles.FullHybrid()), ("sarathi", bubbles.DecodeMaximal(256))):
+        found = bubbles.composed(lengths, policy, 5, 4)
+        assert sum(work.tokens for work in found.works) == sum(prompt + new - 1 for prompt, new in lengths)
+        pairs = sum(work.pairs + work.cached for work in found.works)
+        assert pairs == sum((n := prompt + new - 1) * (n + 1) // 2 for prompt, new in lengths)
+        works[name] = max(work.tokens for work in found.works)
+    assert works["sarathi"] <= 256 + 5 < works["orca"]
+    found = bubbles.predict(40)
+    rows = bubbles.beside(found)
+    assert [(name, value) for name, value, _ in rows] == list(bubbles.RESULTS.items())
+    assert rows[0][2] > 2 and rows[1][2] > 1, "direction, not size"
+    assert all(row.name.startswith(("published", "predicted")) for row in bubbles.predicted_rows(found))
+
+
+@pytest.mark.slow
+def test_bubbles_are_measured_on_two_stages(tmp_path: Path) -> None:
+    outs = [tmp_path / name for name in ("out.json", "out.md", "out.png")]
+    options = [part for pair in zip(("--json", "--markdown", "--plot"), outs, strict=True) for part in pair]
+    ran = subprocess.run(
+        [sys.executable, BENCHMARKS / "pipeline.py", "--quick", *map(str, options)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert ran.returncode == 0, ran.stderr
+    names = {row["name"] for row in json.loads(outs[0].read_text())["rows"]}
+    assert {"measured, Orca: bubbles of stage 1", "SARATHI ÷ Orca: bubbles, measured"} <= names
+    assert "| 6.29x |" in outs[1].read_text() and outs[2].stat().st_size

@@ -47,6 +47,7 @@ __all__ = [
     "place_tokens",
     "ring_peers",
     "shard_range",
+    "stage_layers",
     "union",
 ]
 
@@ -147,6 +148,20 @@ def even_ranges(total: int, parts: int) -> tuple[Range, ...]:
     base, extra = divmod(total, parts)
     starts = [part * base + min(part, extra) for part in range(parts + 1)]
     return tuple(Range(a, b) for a, b in pairwise(starts))
+
+
+def stage_layers(num_layers: int, pp: int) -> tuple[Range, ...]:
+    """The layers of each stage of a pipeline: consecutive, evenly split; earlier stages take what is left over.
+
+    >>> [tuple(layers) for layers in stage_layers(10, 4)]
+    [(0, 3), (3, 6), (6, 8), (8, 10)]
+
+    Raises:
+        ValueError: a stage would have no layer.
+    """
+    if not 1 <= pp <= num_layers:
+        raise ValueError(f"`pp` must be at least 1 and at most the number of layers ({num_layers}), got {pp}")
+    return even_ranges(num_layers, pp)
 
 
 def piece_ranges(total: int, ranks: int, pieces: int) -> tuple[tuple[Range, ...], ...]:

@@ -190,6 +190,7 @@ class Draft:
         prefills: running requests whose prompts are not computed to the end, oldest first.
         waiting: the queue.
         tokens_left: rows that the step still has room for.
+        most_decodes: decodes that it may have; all by default.
     """
 
     def __init__(self, running: Sequence[Progress], waiting: Sequence[Progress], budget: Budget, room: Room) -> None:
@@ -203,6 +204,7 @@ class Draft:
             elif missing:
                 self.prefills.append(each)
         self.tokens_left, self._budget = budget.max_tokens, budget
+        self.most_decodes = len(self.decodes)
         self._free = room.free_pages
         self._decoding: list[Progress] = []
         self._chunks: dict[Hashable, tuple[Progress, int]] = {}
@@ -226,20 +228,22 @@ class Draft:
         return sum(tokens for _, tokens in self._chunks.values())
 
     def decode(self) -> None:
-        """Take every decode; where the step has no room for all, those that have waited longest.
+        """Take every decode; where the step has no room for all, or must not, those that have waited longest.
 
         One that needs a page, and may take none from an older one, leaves its row to another.
         """
         size = self.room.page_size
         growing = sum([each.scheduled % size == 0 for each in self.decodes])
-        if len(self.decodes) <= self.tokens_left and growing <= self._free:
+        crowded = len(self.decodes) > min(self.tokens_left, self.most_decodes)
+        if not crowded and growing <= self._free:
             self._decoding = list(self.decodes)
             self._free -= growing
             self.tokens_left -= len(self.decodes)
             return
-        crowded = len(self.decodes) > self.tokens_left
         for each in sorted(self.decodes, key=_served) if crowded else self.decodes:
-            if self.tokens_left and each.id not in self._preempted and self._fit(each, 1):
+            if self.tokens_left < 1 or len(self._decoding) >= self.most_decodes:
+                break
+            if each.id not in self._preempted and self._fit(each, 1):
                 self._decoding.append(each)
                 self._free -= each.scheduled % size == 0
                 self.tokens_left -= 1

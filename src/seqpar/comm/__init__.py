@@ -15,7 +15,9 @@ from seqpar.comm.collectives import (
     all_reduce_async,
     all_to_all_async,
     broadcast_async,
+    recv_async,
     reduce_scatter_async,
+    send_async,
     send_recv_async,
 )
 from seqpar.comm.differentiable import (
@@ -27,11 +29,15 @@ from seqpar.comm.differentiable import (
     all_to_all_steps,
     broadcast,
     broadcast_steps,
+    recv,
+    recv_steps,
     reduce_grad,
     reduce_scatter,
     reduce_scatter_steps,
+    send,
     send_recv,
     send_recv_steps,
+    send_steps,
 )
 from seqpar.comm.failure import CommError
 from seqpar.comm.graphs import StepGraphs
@@ -41,12 +47,14 @@ from seqpar.comm.link import LINK_PRESETS, LinkCosts, SimulatedLink
 from seqpar.comm.mesh import (
     Groups,
     SplitGroups,
+    Stages,
     describe,
     groups,
     init_mesh,
     is_deterministic,
     layout_groups,
     split_groups,
+    stages,
 )
 from seqpar.comm.record import Count, Recorder, record
 from seqpar.comm.replay import check_schedule
@@ -73,6 +81,7 @@ __all__ = [
     "Recorder",
     "SimulatedLink",
     "SplitGroups",
+    "Stages",
     "StepGraphs",
     "Steps",
     "Trace",
@@ -108,18 +117,25 @@ __all__ = [
     "is_wrapped",
     "layout_groups",
     "record",
+    "recv",
+    "recv_async",
+    "recv_steps",
     "reduce_grad",
     "reduce_scatter",
     "reduce_scatter_async",
     "reduce_scatter_steps",
     "run",
+    "send",
+    "send_async",
     "send_recv",
     "send_recv_async",
     "send_recv_steps",
+    "send_steps",
     "seq_to_heads",
     "seq_to_heads_steps",
     "split_groups",
     "splits",
+    "stages",
     "start",
     "trace",
 ]

@@ -7,6 +7,9 @@ but where collectives differ, it hangs or aborts like those that it is to check.
 The last rank to come compares. Its verdict, or that of a rank which has waited in vain, is set once (the store's
 compare-and-set), so all ranks go on, or all raise the same error. Keys are overwritten step by step: a context leaves
 two for each rank, and for each group one for each of its ranks and two more.
+
+A message between two ranks is launched by these alone, and the sender may be several ahead. So neither waits at the
+launch: the second to come compares, and the first one learns of it in its wait. A message leaves four keys.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -27,7 +30,7 @@ from torch.distributed.distributed_c10d import _get_default_store
 from seqpar.comm.failure import failure
 from seqpar.comm.mesh import describe
 
-__all__ = ["Checker", "check", "current_check"]
+__all__ = ["Checker", "Crossing", "check", "current_check"]
 
 
 class _Launch(NamedTuple):
@@ -116,8 +119,9 @@ class Checker:
         store, self._rank = _get_default_store(), dist.get_rank()
         entry = store.add(f"seqpar.check/{self._rank}", 1)  # ranks enter equally often, so this names the context
         self._store = PrefixStore(f"seqpar.check/{entry}", store)
-        self._timeout_s = timeout_s
+        self.timeout_s = timeout_s
         self._channels: dict[str, _Channel] = {}
+        self._messages: dict[str, int] = {}
 
     def launch(
         self,
@@ -144,6 +148,28 @@ class Checker:
         except dist.DistError as error:
             raise failure(op, label, group, error) from error
 
+    def cross(
+        self, op: str, label: str, group: ProcessGroup, dtype: torch.dtype, shape: Sequence[int], peer: int
+    ) -> Crossing:
+        """Say that this rank launches its half of a message, "send" or "recv"; its wait is to wait for the crossing.
+
+        Raises:
+            ValueError: the other half has been launched, and does not fit.
+            CommError: the process that keeps the store is gone.
+        """
+        ends = (group.rank(), peer) if op == "send" else (peer, group.rank())
+        pair = f"{group.group_name}/{ends[0]}>{ends[1]}"
+        self._messages[pair] = number = self._messages.get(pair, 0) + 1
+        where = f"message {number} from rank {ends[0]} to rank {ends[1]} of {describe(group)}"
+        launch = _Launch(op, label, str(dtype).removeprefix("torch."), tuple(shape))
+        crossing = Crossing(self, f"message/{pair}/{number}", where, launch, group, peer)
+        try:
+            self._store.set(f"last/{self._rank}", f"last {launch} as {where}")
+            crossing.arrive(self._store)
+        except dist.DistError as error:
+            raise failure(op, label, group, error) from error
+        return crossing
+
     def leave(self) -> None:
         """Let the others know that this rank launches no more, and return when all ranks do."""
         world = dist.group.WORLD
@@ -157,7 +183,7 @@ class Checker:
         """Let the others know why this rank launches no more."""
         how = f"left `comm.check()` by {type(error).__name__}: {error}"
         with suppress(dist.DistError):  # where the store is gone, the others know
-            self._fail(f"rank {self._rank} of the world {how}; it {self._last(self._rank)}")
+            self._fail(f"rank {self._rank} of the world {how}; it {self.last(self._rank)}")
 
     def _channel(self, group: ProcessGroup, name: str, where: str) -> _Channel:
         if name not in self._channels:
@@ -178,12 +204,12 @@ class Checker:
 
     def _await(self, channel: _Channel) -> None:
         """Return when all ranks have come to this step, and what they launch fits."""
-        deadline, pause_s = time.monotonic() + self._timeout_s, 2e-5
+        deadline, pause_s = time.monotonic() + self.timeout_s, 2e-5
         while (verdict := self._verdict(channel)) == str(channel.step - 1):
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, 1e-3)
             if pause_s == 1e-3:
-                error = self._read("error") or self._missing(channel, late=time.monotonic() > deadline)
+                error = self.read("error") or self._missing(channel, late=time.monotonic() > deadline)
                 if error:
                     self._settle(channel, verdict, error)
         if verdict != str(channel.step):
@@ -203,25 +229,99 @@ class Checker:
 
     def _posted(self, channel: _Channel, rank: int) -> list[Any]:
         """The step and the launch that a rank was last at."""
-        posted = self._read(f"{channel.name}/{rank}")
+        posted = self.read(f"{channel.name}/{rank}")
         return list(json.loads(posted)) if posted else [0]
 
     def _missing(self, channel: _Channel, *, late: bool) -> str | None:
         """The error of the first rank that has not come to this step, if it is late or will not come any more."""
         for rank, global_rank in enumerate(channel.global_ranks):
-            left = self._store.check([f"left/{global_rank}"])
+            left = self.has_left(global_rank)
             if (late or left) and self._posted(channel, rank)[0] < channel.step:
-                how = "left `comm.check()` before" if left else f"did not come within {self._timeout_s:g} s to"
+                how = "left `comm.check()` before" if left else f"did not come within {self.timeout_s:g} s to"
                 mine = f"where rank {channel.rank} {_Launch(*self._posted(channel, channel.rank)[1:])}"
-                return f"rank {rank} {how} {channel.here}, {mine}; rank {rank} {self._last(global_rank)}"
+                return f"rank {rank} {how} {channel.here}, {mine}; rank {rank} {self.last(global_rank)}"
         return None
 
-    def _last(self, global_rank: int) -> str:
-        return self._read(f"last/{global_rank}") or "launched nothing"
+    def last(self, global_rank: int) -> str:
+        """What a rank launched last."""
+        return self.read(f"last/{global_rank}") or "launched nothing"
 
-    def _read(self, key: str) -> str:
+    def has_left(self, global_rank: int) -> bool:
+        """Whether a rank launches no more."""
+        return self._store.check([f"left/{global_rank}"])
+
+    def read(self, key: str) -> str:
+        """What a key says; nothing where it is not set."""
         return self._store.get(key).decode() if self._store.check([key]) else ""
 
+    def refuse(self, verdict: str, error: str) -> None:
+        """Let a message fail by an error, and all others after it."""
+        self._store.compare_set(verdict, "", error)
+        self._fail(error)
+
+
+class Crossing:
+    """One rank's half of a message under a check; a handle waits for it as for what the backend has in flight."""
+
+    def __init__(self, checker: Checker, key: str, where: str, launch: _Launch, group: ProcessGroup, peer: int) -> None:
+        self._checker, self._key, self._where, self._launch = checker, key, where, launch
+        self._rank, self._peer, self._global_peer = group.rank(), peer, dist.get_process_group_ranks(group)[peer]
+        self._agreed = False
+
+    def arrive(self, store: PrefixStore) -> None:
+        """Say what this rank launches; the second one to come compares."""
+        store.set(f"{self._key}/{self._rank}", json.dumps(self._launch))
+        if store.add(f"{self._key}/came", 1) == 2:
+            other = _Launch(*json.loads(store.get(f"{self._key}/{self._peer}")))
+            fits = (other.dtype, tuple(other.shape or ())) == (self._launch.dtype, self._launch.shape)
+            if not fits:
+                self._refuse(
+                    f"rank {self._rank} {self._launch} as {self._where}, where rank {self._peer} {other}; both must "
+                    "have one shape and dtype"
+                )
+            store.compare_set(f"{self._key}/verdict", "", _FITS)
+
+    def wait(self) -> None:
+        """Return once the other rank has launched a half that fits.
+
+        Raises:
+            ValueError: it has launched another, or does not come.
+        """
+        checker, pause_s = self._checker, 2e-5
+        deadline = time.monotonic() + checker.timeout_s
+        while not self._agreed:
+            error = checker.read("error") or self._missing(late=time.monotonic() > deadline)
+            verdict = checker.read(f"{self._key}/verdict")
+            self._agreed = verdict == _FITS
+            if verdict and not self._agreed:
+                raise ValueError(verdict)
+            if not verdict and error:
+                self._refuse(error)
+            if not verdict:
+                time.sleep(pause_s)
+                pause_s = min(2 * pause_s, 1e-3)
+
+    def is_completed(self) -> bool:
+        """Whether `wait` would return at once."""
+        return self._agreed or self._checker.read(f"{self._key}/verdict") == _FITS
+
+    def _refuse(self, error: str) -> NoReturn:
+        self._checker.refuse(f"{self._key}/verdict", error)
+        raise ValueError(error)
+
+    def _missing(self, *, late: bool) -> str | None:
+        """What is wrong where the other half will not come any more, or is late."""
+        left = self._checker.has_left(self._global_peer)
+        if not (late or left):
+            return None
+        how = "left `comm.check()` before" if left else f"did not come within {self._checker.timeout_s:g} s to"
+        return (
+            f"rank {self._peer} {how} {self._where}, where rank {self._rank} {self._launch}; rank {self._peer} "
+            f"{self._checker.last(self._global_peer)}"
+        )
+
+
+_FITS = "fits"
 
 _CHECKER: ContextVar[Checker | None] = ContextVar("seqpar_check", default=None)
 
@@ -234,7 +334,7 @@ def check(*, timeout_s: float = 10.0) -> Iterator[None]:
     or that a rank does not come, is an error on all of them instead of a hang; results are what they are without it.
     It sees collectives of this package that are launched in this thread. Those of a group must be the same on all its
     ranks, except for the sizes that an exchange or a gather may have; in a `send_recv` a rank without a partner sends
-    to itself.
+    to itself. Of a `send` or a `recv`, only the other rank must launch the other half, and errors come in the wait.
 
     Comm:  some small messages by way of the process group's store, and all ranks of a group wait for each other, before
         each launch: 0.4 to 0.9 ms with 2 ranks, 1.2 to 2.5 ms with 4, by a TCP store on two busy cores of an Intel Xeon

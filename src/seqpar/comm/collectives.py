@@ -23,9 +23,9 @@ from torch.distributed import ProcessGroup, Work
 
 from seqpar.comm.allreduce import all_reduce_algorithm, check_summable, sum_in_rank_order
 from seqpar.comm.failure import failure
-from seqpar.comm.flight import announce, depart, is_watched
+from seqpar.comm.flight import announce, cross, depart, is_watched
 from seqpar.comm.handle import Handle
-from seqpar.comm.link import ranks_of
+from seqpar.comm.link import link_of, ranks_of
 from seqpar.comm.mesh import describe, is_deterministic
 from seqpar.comm.record import count
 from seqpar.comm.wire import Code, Wire, check_wire
@@ -36,8 +36,10 @@ __all__ = [
     "all_reduce_async",
     "all_to_all_async",
     "broadcast_async",
+    "recv_async",
     "reduce_async",
     "reduce_scatter_async",
+    "send_async",
     "send_recv_async",
 ]
 
@@ -313,6 +315,85 @@ def send_recv_async(
     launch = partial(dist.batch_isend_irecv, ops)
     sizes = _only(dst, x.numel(), group.size()), _only(src, out.numel(), group.size())
     return _launched(op, label, group, launch, lambda: out, (x, out), sent_bytes, x.shape, sizes)
+
+
+def send_async(x: Tensor, *, dst: int, group: ProcessGroup, label: str = "") -> Handle:
+    """Launch a message to one other rank, which receives it by `recv_async`; the others of the group are not asked.
+
+    Messages between two ranks are received in the order in which they were sent. A receiver may be needed for the wait
+    to end, never for the launch to return.
+
+    In:    x, any shape; not to be written until the wait.
+    Out:   x itself.
+    Comm:  `x`, to `dst`; a message of no elements does not travel.
+
+    Raises:
+        ValueError: `dst` is no other rank of the group; the group is on a simulated link.
+    """
+    _check_peer(dst, "dst", group)
+    x = x.detach()
+    return _message("send", label, group, x.contiguous(), dst, lambda: x)
+
+
+def recv_async(
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    *,
+    src: int,
+    group: ProcessGroup,
+    device: torch.device | str = "cpu",
+    label: str = "",
+) -> Handle:
+    """Launch the receipt of a message from one other rank; see `send_async`.
+
+    Out:   what `src` sent, a new tensor.
+    Comm:  nothing is sent.
+
+    Args:
+        shape: of the message.
+        dtype: of it.
+        src: who sends.
+        group: both are in it.
+        device: where it goes.
+        label: names it.
+
+    Raises:
+        ValueError: `src` is no other rank of the group, a negative size; the group is on a simulated link.
+    """
+    _check_peer(src, "src", group)
+    if min(shape, default=0) < 0:
+        raise ValueError(f"`shape` must have sizes >= 0, got {list(shape)}")
+    out = torch.empty(tuple(shape), dtype=dtype, device=device)
+    return _message("recv", label, group, out, src, lambda: out)
+
+
+def _message(op: str, label: str, group: ProcessGroup, x: Tensor, peer: int, finish: Callable[[], Tensor]) -> Handle:
+    """One half of a message, in `x`, which the other half is with `peer`."""
+    sends = op == "send"
+    num_bytes = x.numel() * x.itemsize * sends
+    count(op, label, num_bytes)
+    flight, agreement = cross(op, label, group, x, num_bytes, peer) if is_watched() else (None, ())
+    works: list[Work | None] = []
+    if x.numel():
+        try:
+            if sends:
+                works.append(dist.isend(_as_bytes(x), group=group, group_dst=peer))
+            else:
+                works.append(dist.irecv(_as_bytes(x), group=group, group_src=peer))
+        except RuntimeError as error:
+            raise failure(op, label, group, error) from error
+    return Handle(op, label, group, (*agreement, *filter(None, works)), finish, (x,), flight)
+
+
+def _check_peer(rank: int, name: str, group: ProcessGroup) -> None:
+    _check_rank(rank, name, group)
+    if rank == group.rank():
+        raise ValueError(f"`{name}` must be another rank of the group, got {rank}, which is this one")
+    if link_of(group) is not None:
+        raise ValueError(
+            f"messages must be sent over the group's own link, got a simulated one for {describe(group)}; its ends "
+            "would not meet; leave out `link.on`"
+        )
 
 
 def _alone(op: str, label: str, group: ProcessGroup, x: Tensor, elements: int, code: Code | None = None) -> Handle:

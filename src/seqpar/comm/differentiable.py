@@ -3,7 +3,7 @@
 A collective is linear, so its gradient is the adjoint collective, stated here by name. One autograd function hangs the
 adjoint on a finished result; it is itself a plain collective, so second derivatives work. Backward passes launch
 collectives in the order in which autograd visits them, which is the same on every rank where the graphs are: every
-rank must use the result.
+rank must use the result. Messages between two ranks (`send`, `recv`) have no gradient.
 
 Results are new tensors, but for a collective that has nothing to do (a group of one, a send to oneself): its steps
 yield nothing, and its result is `x` itself.
@@ -35,11 +35,15 @@ __all__ = [
     "all_to_all_steps",
     "broadcast",
     "broadcast_steps",
+    "recv",
+    "recv_steps",
     "reduce_grad",
     "reduce_scatter",
     "reduce_scatter_steps",
+    "send",
     "send_recv",
     "send_recv_steps",
+    "send_steps",
 ]
 
 P = ParamSpec("P")
@@ -249,6 +253,47 @@ def send_recv_steps(
     return with_adjoint(x, result, back)
 
 
+def send_steps(x: Tensor, *, dst: int, group: ProcessGroup, label: str = "") -> Steps[Tensor]:
+    """Send `x` to one other rank, which receives it (`recv_steps`); the others of the group are not asked.
+
+    `comm.start` it and go on, to wait for it later: its memory is in use until then.
+
+    In:    x, any shape; not to be written until the wait.
+    Out:   x itself.
+    Grad:  none: a rank that only receives has no graph that could send one back. `send_recv` has.
+    Comm:  `x`, to `dst`.
+
+    Raises:
+        ValueError: `dst` is no other rank of the group, `x` needs a gradient; the group is on a simulated link.
+    """
+    if torch.is_grad_enabled() and x.requires_grad:
+        raise ValueError("`x` must need no gradient to be sent, got one that does; use torch.no_grad(), or `send_recv`")
+    yield raw.send_async(x, dst=dst, group=group, label=label)
+    return x
+
+
+def recv_steps(
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    *,
+    src: int,
+    group: ProcessGroup,
+    device: torch.device | str = "cpu",
+    label: str = "",
+) -> Steps[Tensor]:
+    """Receive what one other rank sends (`send_steps`).
+
+    Out:   a new tensor of that shape and dtype.
+    Grad:  none.
+    Comm:  nothing is sent.
+
+    Raises:
+        ValueError: `src` is no other rank of the group, a negative size; the group is on a simulated link.
+    """
+    result: Tensor = yield raw.recv_async(shape, dtype, src=src, group=group, device=device, label=label)
+    return result
+
+
 def _reduce_steps(x: Tensor, *, dst: int, group: ProcessGroup, label: str = "") -> Steps[Tensor]:
     """The adjoint of a broadcast."""
     result = yield raw.reduce_async(x, dst=dst, group=group, label=label)
@@ -280,4 +325,6 @@ reduce_scatter = _plain(reduce_scatter_steps)
 all_to_all = _plain(all_to_all_steps)
 broadcast = _plain(broadcast_steps)
 send_recv = _plain(send_recv_steps)
+send = _plain(send_steps)
+recv = _plain(recv_steps)
 _reduce = _plain(_reduce_steps)

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup, Work
 
-from seqpar.comm.check import current_check
+from seqpar.comm.check import Crossing, current_check
 from seqpar.comm.link import SimulatedLink, link_of, simulates
 from seqpar.comm.trace import Trace, Transfer, current_trace
 
-__all__ = ["Flight", "announce", "depart", "is_watched"]
+__all__ = ["Flight", "announce", "cross", "depart", "is_watched"]
 
 
 def is_watched() -> bool:
@@ -74,6 +74,21 @@ def announce(
         checker.launch(op, label, group, x.dtype, shape, sizes, src)
 
 
+def cross(
+    op: str, label: str, group: ProcessGroup, x: Tensor, num_bytes: int, peer: int
+) -> tuple[Flight | None, tuple[Crossing, ...]]:
+    """`depart` for one half of a message, which no other rank than `peer` launches the other half of.
+
+    So nobody waits at the launch: what a check has to say is said in the wait, by what comes beside the flight.
+
+    Raises:
+        ValueError: the other half has been launched and does not fit, where a check is in force.
+    """
+    checker, trace = current_check(), current_trace()
+    crossing = () if checker is None else (checker.cross(op, label, group, x.dtype, x.shape, peer),)
+    return (None if trace is None else Flight(op, label, x.device, num_bytes, None, trace)), crossing
+
+
 class Flight:
     """A launch that is simulated, traced, or both; a handle tells it of its works, its wait and its result."""
 
@@ -102,13 +117,13 @@ class Flight:
         """Which launch of the trace this is; -1 without one."""
         return self._transfer.number
 
-    def observe(self, works: Sequence[Work]) -> None:
+    def observe(self, works: Sequence[Work | Crossing]) -> None:
         """The launch has succeeded."""
         if self._trace is None:
             return
         self._trace.add(self._transfer)
         clock, transfer = self._trace.clock, self._transfer
-        if len(works) == 1:
+        if len(works) == 1 and isinstance(works[0], Work):
             with suppress(RuntimeError):  # sends and receives have no future: the end of the wait it is
                 works[0].get_future().add_done_callback(lambda _: transfer.complete(clock()))
 

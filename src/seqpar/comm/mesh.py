@@ -1,6 +1,8 @@
 """Meshes of ranks, and the groups that layers take.
 
-Ranks of a `tp` x `sp` mesh are numbered with the sequence axis fastest, as `seqpar.partition` numbers the flat map.
+Ranks of a `tp` x `sp` mesh are numbered with the sequence axis fastest, as `seqpar.partition` numbers the flat map. The
+stages of a pipeline are one more axis around these, `pp`: neighbours in a stage have the faster links, for a stage
+talks in every layer and stages hand over once.
 """
 
 from __future__ import annotations
@@ -21,16 +23,20 @@ from seqpar.partition import Layout, layout_names
 __all__ = [
     "Groups",
     "SplitGroups",
+    "Stages",
     "describe",
     "groups",
     "init_mesh",
     "is_deterministic",
     "layout_groups",
     "split_groups",
+    "stages",
 ]
 
-AXES = ("tp", "sp")
+AXES: tuple[str, ...] = ("tp", "sp")
 FLAT = "tp_sp"
+STAGED = ("pp", *AXES)
+WHOLE = "pp_tp_sp"
 _DETERMINISTIC = " deterministic"
 
 
@@ -48,6 +54,20 @@ class Groups(NamedTuple):
     tp: ProcessGroup
     sp: ProcessGroup
     flat: ProcessGroup
+
+
+class Stages(NamedTuple):
+    """The process groups of a pipeline for this rank.
+
+    Attributes:
+        groups: of this rank's stage.
+        pp: ranks with the same place in every stage; their rank order is that of the stages.
+        whole: all ranks, numbered `pp.rank() * groups.layout.size + groups.flat.rank()`.
+    """
+
+    groups: Groups
+    pp: ProcessGroup
+    whole: ProcessGroup
 
 
 class SplitGroups(NamedTuple):
@@ -69,6 +89,7 @@ def init_mesh(
     sp: int | None = None,
     device: str | None = None,
     *,
+    pp: int | None = None,
     mesh: DeviceMesh | None = None,
     deterministic: bool | None = None,
     timeout_s: float = 300.0,
@@ -76,13 +97,15 @@ def init_mesh(
     """A mesh with the axes "tp" and "sp", sequence axis fastest; every rank calls it with the same arguments.
 
     Starts the default process group where there is none: from the environment that torchrun sets (gloo on CPU, NCCL
-    on CUDA), or of this one process alone. Where the world is a multiple of tp * sp, consecutive ranks form one
+    on CUDA), or of this one process alone. Where the world is a multiple of pp * tp * sp, consecutive ranks form one
     replica each, and each rank gets its own replica's mesh.
 
     Args:
         tp: number of tensor-parallel ranks, default 1.
         sp: number of sequence-parallel ranks, default 1.
         device: "cpu" or "cuda"; default is "cuda" where there is one.
+        pp: number of pipeline stages. With it, 1 included, the mesh has one more axis "pp" around the others
+            (`stages`); without, there is none.
         mesh: take this mesh, or this slice of one, with its own groups, instead of making one.
         deterministic: reductions of the groups of this mesh are float32 sums in rank order, rounded once; so they then
             are in every mesh of the user's own that shares a group with it. Layers then attend so that cuts do not
@@ -95,10 +118,10 @@ def init_mesh(
             already where `deterministic` is False.
     """
     if mesh is None:
-        mesh = _make_mesh(Layout(1 if tp is None else tp, 1 if sp is None else sp), device, timeout_s)
-    elif (tp, sp, device) != (None, None, None):
-        raise ValueError("`mesh` must come alone, got `tp`, `sp` or `device` with it; leave them out")
-    made = groups(mesh)
+        mesh = _make_mesh(Layout(1 if tp is None else tp, 1 if sp is None else sp), pp, device, timeout_s)
+    elif (tp, sp, device, pp) != (None, None, None, None):
+        raise ValueError("`mesh` must come alone, got `tp`, `sp`, `pp` or `device` with it; leave them out")
+    made = stages(mesh).groups if mesh.mesh_dim_names == STAGED else groups(mesh)
     if deterministic is not None:
         _mark(made, deterministic)
     return mesh
@@ -114,12 +137,30 @@ def groups(mesh: DeviceMesh) -> Groups:
         raise ValueError(
             f'`mesh` must have the axes ("tp", "sp"), got {mesh.mesh_dim_names}; pass the slice mesh["tp", "sp"]'
         )
-    made = mesh._flatten_mapping.get(FLAT)  # PyTorch 2.11 would not take the one of `_make_mesh` for its own
-    flat = (mesh._flatten(FLAT) if made is None else made).get_group()
+    layout = Layout(mesh.size(0), mesh.size(1))
+    return Groups(layout, mesh.get_group("tp"), mesh.get_group("sp"), _flattened(mesh, FLAT))
+
+
+def stages(mesh: DeviceMesh) -> Stages:
+    """The groups of a mesh with the axes "pp", "tp" and "sp"; the first call for one of the user's own is collective.
+
+    Raises:
+        ValueError: `mesh` has other axes, or its order is not sequence axis fastest and stages slowest.
+    """
+    if mesh.mesh_dim_names != STAGED:
+        raise ValueError(
+            f'`mesh` must have the axes ("pp", "tp", "sp"), got {mesh.mesh_dim_names}; make it with `init_mesh(pp=...)`'
+        )
+    return Stages(groups(mesh["tp", "sp"]), mesh.get_group("pp"), _flattened(mesh, WHOLE))
+
+
+def _flattened(mesh: DeviceMesh, name: str) -> ProcessGroup:
+    """All ranks of a mesh, in the order of its axes."""
+    made = mesh._get_root_mesh()._flatten_mapping.get(name)  # PyTorch 2.11 would not take that of `_make_mesh` itself
+    flat = (mesh._flatten(name) if made is None else made).get_group()
     if dist.get_process_group_ranks(flat) != mesh.mesh.flatten().tolist():
         raise ValueError(f"ranks of `mesh` must increase along its axes, got {mesh.mesh.tolist()}")
-    layout = Layout(mesh.size(0), mesh.size(1))
-    return Groups(layout, mesh.get_group("tp"), mesh.get_group("sp"), flat)
+    return flat
 
 
 def layout_groups(base: Groups, layouts: Sequence[Layout] | None = None) -> dict[Layout, Groups]:
@@ -224,31 +265,50 @@ def _mark(made: Groups, deterministic: bool) -> None:
             group._set_group_desc(group.group_desc + _DETERMINISTIC)
 
 
-def _make_mesh(layout: Layout, device: str | None, timeout_s: float) -> DeviceMesh:
+def _make_mesh(layout: Layout, pp: int | None, device: str | None, timeout_s: float) -> DeviceMesh:
     layout.check()
+    if pp is not None and pp < 1:
+        raise ValueError(f"`pp` must be at least 1, got {pp}; leave it out for no pipeline")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device not in ("cpu", "cuda"):
         raise ValueError(f'`device` must be "cpu" or "cuda", got "{device}"')
     timeout = timedelta(seconds=timeout_s)
     _start(device, timeout)
-    world, rank = dist.get_world_size(), dist.get_rank()
-    if world % layout.size:
-        raise ValueError(
-            f"`tp` * `sp` must divide the number of ranks ({world}), got {layout.tp} * {layout.sp} = {layout.size}; "
-            f"start {layout.size} ranks, such as with `torchrun --nproc-per-node {layout.size}`"
-        )
-    grids = torch.arange(world).view(-1, layout.tp, layout.sp)  # [replica, tp, sp]
+    grids = _replicas(layout, pp)
+    rank = dist.get_rank()
     made: dict[tuple[int, ...], object] = {}
-    mine = [
-        _own_group(name, rows.reshape(-1, rows.shape[-1]).tolist(), rank, timeout, made)
-        for name, rows in (("tp", grids.transpose(1, 2)), ("sp", grids), ("flat", grids.flatten(1)))
-    ]
-    grid = grids[rank // layout.size]
-    mesh = DeviceMesh.from_group(mine[:2], device, mesh=grid, mesh_dim_names=AXES)
-    # `_flatten` would make a group with the default timeout, or take the world's; it finds this one instead.
-    flat = DeviceMesh.from_group(mine[2], device, mesh=grid.flatten(), mesh_dim_names=(FLAT,))
-    mesh._flatten_mapping[FLAT] = flat
+
+    def own(name: str, rows: torch.Tensor) -> ProcessGroup:
+        return _own_group(name, rows.reshape(-1, rows.shape[-1]).tolist(), rank, timeout, made)
+
+    axes = [own("tp", grids.transpose(2, 3)), own("sp", grids)]
+    flat = {FLAT: own("flat", grids.flatten(2))}
+    replica, stage = divmod(rank // layout.size, pp or 1)
+    grid, names = grids[replica, stage], AXES
+    if pp is not None:
+        axes.insert(0, own("pp", grids.movedim(1, -1)))
+        flat[WHOLE] = own("whole", grids.flatten(1))
+        grid, names = grids[replica], STAGED
+    mesh = DeviceMesh.from_group(axes, device, mesh=grid, mesh_dim_names=names)
+    for name, group in flat.items():
+        # `_flatten` would make a group with the default timeout, or take the world's; it finds this one instead.
+        ranks = torch.tensor(dist.get_process_group_ranks(group))
+        mesh._flatten_mapping[name] = DeviceMesh.from_group(group, device, mesh=ranks, mesh_dim_names=(name,))
     return mesh
+
+
+def _replicas(layout: Layout, pp: int | None) -> torch.Tensor:
+    """The ranks of the world, [replica, pp, tp, sp]."""
+    world, size = dist.get_world_size(), layout.size * (pp or 1)
+    if world % size:
+        terms, sizes = "`tp` * `sp`", f"{layout.tp} * {layout.sp}"
+        if pp is not None:
+            terms, sizes = f"`pp` * {terms}", f"{pp} * {sizes}"
+        raise ValueError(
+            f"{terms} must divide the number of ranks ({world}), got {sizes} = {size}; "
+            f"start {size} ranks, such as with `torchrun --nproc-per-node {size}`"
+        )
+    return torch.arange(world).view(-1, pp or 1, layout.tp, layout.sp)
 
 
 def _own_group(

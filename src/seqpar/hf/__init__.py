@@ -10,6 +10,7 @@ from seqpar.hf.cache import ParallelCache
 from seqpar.hf.decode import AutoDecode
 from seqpar.hf.loading import load
 from seqpar.hf.shift import AutoShift
+from seqpar.hf.stage import Stage, load_stage
 from seqpar.hf.stepper import Stepper
 from seqpar.hf.swap import LoadReport, MemoryReport, Parallelized, parallelize
 
@@ -24,7 +25,9 @@ __all__ = [
     "ParallelBackbone",
     "ParallelCache",
     "Parallelized",
+    "Stage",
     "Stepper",
     "load",
+    "load_stage",
     "parallelize",
 ]

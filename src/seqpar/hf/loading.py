@@ -4,27 +4,39 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import nn
 from tqdm import tqdm  # type: ignore[import-untyped]
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from seqpar import comm
-from seqpar.comm import DeviceMesh, Wire
+from seqpar.comm import DeviceMesh, ProcessGroup, Wire
 from seqpar.hf.agreed import agreed, check_same
 from seqpar.hf.attend import Decode, Prefill
 from seqpar.hf.auto import AutoOverlap
-from seqpar.hf.backbone import LMHead
 from seqpar.hf.checkpoint import DTYPES, Checkpoint, Names, parse_object
 from seqpar.hf.models import ARCHITECTURES, check_config, stored_names
 from seqpar.hf.shift import AutoShift
 from seqpar.hf.swap import LoadReport, Parallelized, build
-from seqpar.layers import ExpertPlacement, iter_sources
+from seqpar.layers import ExpertPlacement, ParallelLMHead, iter_sources
 from seqpar.partition import Interleave, Shift, ThreePhase
 
-__all__ = ["load"]
+__all__ = [
+    "EMBEDDING",
+    "HEAD",
+    "build_on_meta",
+    "check_tensors",
+    "check_tied",
+    "describe",
+    "load",
+    "place_of",
+    "read_tensors",
+    "shows",
+]
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
@@ -76,12 +88,12 @@ def load(
             read, or of a model that cannot be parallelized on this mesh; the same on every rank.
     """
     groups = comm.groups(mesh)
-    place = _device(mesh) if device is None else torch.device(device)
+    place = place_of(mesh) if device is None else torch.device(device)
     parallel: Parallelized | None = None
     checkpoint: Checkpoint | None = None
     content = b""
     with agreed(groups.flat):
-        checkpoint, whole = _build_on_meta(Path(path), dtype)
+        checkpoint, whole = build_on_meta(Path(path), dtype)
         modules = build(
             whole,
             groups,
@@ -95,22 +107,21 @@ def load(
             decode=decode,
         )
         parallel = Parallelized(whole, groups, *modules)
-        _check(checkpoint, parallel)
+        check_tensors(checkpoint, parallel.model)
         if verify:
             checkpoint.verify()
         options = f"{sequence_sharded} {overlap} {pipeline} {wire} {experts} {shift} {prefill} {decode} {verify}"
-        content = _describe(checkpoint, parallel) + options.encode()
+        content = describe(checkpoint, whole) + options.encode()
     check_same("checkpoint, `dtype` and options", content, group=groups.flat, device=place)
     assert parallel is not None and checkpoint is not None
-    show = groups.flat.rank() == 0 and (sys.stderr.isatty() if progress is None else progress)
     with agreed(groups.flat):
-        parallel.report = _fill(parallel, checkpoint, place, show)
+        parallel.report = _fill(parallel, checkpoint, place, shows(progress, groups.flat))
     parallel.add_layouts()
     model: PreTrainedModel = parallel.model.eval()
     return model
 
 
-def _build_on_meta(path: Path, dtype: torch.dtype | None) -> tuple[Checkpoint, PreTrainedModel]:
+def build_on_meta(path: Path, dtype: torch.dtype | None) -> tuple[Checkpoint, PreTrainedModel]:
     """Open the checkpoint and make the model that its config describes, without memory for weights."""
     if not (path / CONFIG).is_file():
         raise ValueError(f"`path` must be a directory with {CONFIG}, got {path}")
@@ -143,16 +154,20 @@ def _dtype(dtype: Any, config: PretrainedConfig, checkpoint: Checkpoint) -> torc
     return dtype  # type: ignore[no-any-return]
 
 
-def _check(checkpoint: Checkpoint, parallel: Parallelized) -> None:
-    """Compare the checkpoint with all that the model needs."""
+def check_tensors(checkpoint: Checkpoint, model: nn.Module) -> None:
+    """Compare the checkpoint with all that a model needs, parallel or Transformers' own.
+
+    Raises:
+        ValueError: they do not fit.
+    """
     shapes: dict[str, tuple[int, ...]] = {}
     made_of: dict[str, list[str]] = {}
-    for name, _, _, source in iter_sources(parallel.model):
-        names = _names(checkpoint, name, source.shape, parallel)
+    for name, shape in _shapes(model).items():
+        names = _names(checkpoint, name, shape, model)
         if isinstance(names, str):
-            shapes[names] = source.shape
+            shapes[names] = shape
             continue
-        _, rows, columns = source.shape
+        _, rows, columns = shape
         made_of[name] = [part for beside in names for part in beside]
         shapes |= dict.fromkeys(made_of[name], (rows // len(names[0]), columns))
     rebuilt = [name for name in checkpoint.entries if name.endswith("rotary_emb.inv_freq")]  # in old checkpoints
@@ -164,23 +179,36 @@ def _check(checkpoint: Checkpoint, parallel: Parallelized) -> None:
             raise ValueError(f"`{name}` must be stored in parts of one dtype, got {', '.join(dtypes)}")
 
 
-def _names(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], parallel: Parallelized) -> Names:
+def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """The unsharded tensors of a model."""
+    sources = {name: source.shape for name, _, _, source in iter_sources(model)}
+    return sources or {name: tuple(param.shape) for name, param in model.named_parameters()}
+
+
+def _names(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], model: Any) -> Names:
     """What the checkpoint calls a tensor of the model; its own name where it was saved as Transformers holds it."""
-    return name if name in checkpoint.entries else stored_names(name, shape, parallel.model.config.model_type)
+    return name if name in checkpoint.entries else stored_names(name, shape, model.config.model_type)
 
 
-def _describe(checkpoint: Checkpoint, parallel: Parallelized) -> bytes:
+def describe(checkpoint: Checkpoint, model: PreTrainedModel) -> bytes:
     """What ranks must have in common: the config, the dtype and the headers of the files."""
     tensors = sorted((name, entry.dtype, entry.shape) for name, entry in checkpoint.entries.items())
-    return f"{parallel.model.config.to_json_string()} {parallel.model.dtype} {tensors}".encode()
+    return f"{model.config.to_json_string()} {model.dtype} {tensors}".encode()
 
 
-def _fill(parallel: Parallelized, checkpoint: Checkpoint, device: torch.device, show: bool) -> LoadReport:
-    """Read this rank's windows of all tensors."""
-    begin, model = time.perf_counter(), parallel.model
+def read_tensors(
+    sharded: nn.Module,
+    model: PreTrainedModel,
+    checkpoint: Checkpoint,
+    device: torch.device,
+    show: bool,
+    *,
+    named: Callable[[str], str] = str,
+) -> None:
+    """Read this rank's windows of all tensors of `sharded`; `named` says what one is called in the model."""
     reads = [
-        (_names(checkpoint, name, source.shape, parallel), module, own, source.dim, window)
-        for name, module, own, source in iter_sources(model)
+        (_names(checkpoint, named(name), source.shape, model), module, own, source.dim, window)
+        for name, module, own, source in iter_sources(sharded)
         for window in source.windows
     ]
     total = sum(checkpoint.window_bytes(names, dim, window) for names, _, _, dim, window in reads)
@@ -189,16 +217,27 @@ def _fill(parallel: Parallelized, checkpoint: Checkpoint, device: torch.device, 
             tensor = checkpoint.read(names, dim, window)
             module.load_source(own, tensor.to(device), window.start)
             bar.update(tensor.nbytes)
+
+
+def _fill(parallel: Parallelized, checkpoint: Checkpoint, device: torch.device, show: bool) -> LoadReport:
+    """Read what this rank stores."""
+    begin, model = time.perf_counter(), parallel.model
+    read_tensors(model, model, checkpoint, device, show)
     stack = model.model
     stack.rotary_emb = type(stack.rotary_emb)(model.config).to(device)
-    _check_tied(model.lm_head, checkpoint)
+    if model.lm_head.weight is None:
+        check_tied(model.lm_head, checkpoint)
     seconds = time.perf_counter() - begin
     return LoadReport(checkpoint.bytes_read, parallel.weight_bytes, len(checkpoint.names_read), seconds)
 
 
-def _check_tied(head: LMHead, checkpoint: Checkpoint) -> None:
-    """Compare a stored head with the embedding, where the config ties them but the files hold both."""
-    if head.weight is None and HEAD in checkpoint.entries:
+def check_tied(head: ParallelLMHead, checkpoint: Checkpoint) -> None:
+    """Compare a stored head with the embedding, whose rows `head` has: the config ties them, the files may hold both.
+
+    Raises:
+        ValueError: they differ.
+    """
+    if HEAD in checkpoint.entries:
         rows = head.weight_rows()
         if not torch.equal(checkpoint.read(HEAD, 0, head.rows).to(rows.device, rows.dtype), rows):
             raise ValueError(
@@ -207,5 +246,11 @@ def _check_tied(head: LMHead, checkpoint: Checkpoint) -> None:
             )
 
 
-def _device(mesh: DeviceMesh) -> torch.device:
+def shows(progress: bool | None, group: ProcessGroup) -> bool:
+    """Whether this rank draws a bar."""
+    return group.rank() == 0 and (sys.stderr.isatty() if progress is None else progress)
+
+
+def place_of(mesh: DeviceMesh) -> torch.device:
+    """The mesh's device of this rank."""
     return torch.device("cuda", torch.cuda.current_device()) if mesh.device_type == "cuda" else torch.device("cpu")

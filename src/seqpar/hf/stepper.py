@@ -6,16 +6,27 @@ from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float, Int64
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from seqpar import comm
 from seqpar.hf.backbone import LMHead, ParallelBackbone
 from seqpar.ragged import RaggedBatch
 
-__all__ = ["Stepper"]
+__all__ = ["Stepper", "check_rotations"]
 
 _VARYING = ("dynamic", "longrope")  # rotary tables of a token that depend on the longest request of its batch
+
+
+def check_rotations(rotary_emb: nn.Module) -> None:
+    """Refuse rotary tables under which a token depends on who else is in the batch.
+
+    Raises:
+        ValueError: they do.
+    """
+    kind = getattr(rotary_emb, "rope_type", "default")
+    if kind in _VARYING:
+        raise ValueError(f"`rope_type` must give a token the same rotation in any batch, got {kind!r}; use `generate`")
 
 
 class Stepper:
@@ -48,11 +59,7 @@ class Stepper:
             raise TypeError(
                 f"`model` must be parallelized, got {type(model).__name__}; use seqpar.hf.load or parallelize"
             )
-        kind = getattr(backbone.rotary_emb, "rope_type", "default")
-        if kind in _VARYING:
-            raise ValueError(
-                f"`rope_type` must give a token the same rotation in any batch, got {kind!r}; use `generate`"
-            )
+        check_rotations(backbone.rotary_emb)
         attend = backbone.attend
         if attend.stripes:
             raise ValueError(

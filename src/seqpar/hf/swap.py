@@ -38,9 +38,9 @@ from seqpar.layers import (
     name_modules,
     sync_gradients,
 )
-from seqpar.partition import HeadMap, Interleave, Layout, Shift, ThreePhase, layout_names
+from seqpar.partition import HeadMap, Interleave, Layout, Range, Shift, ThreePhase, layout_names
 
-__all__ = ["LoadReport", "MemoryReport", "Parallelized", "build", "parallelize"]
+__all__ = ["LoadReport", "MemoryReport", "Parallelized", "build", "decoder_layers", "parallelize"]
 
 
 class LoadReport(NamedTuple):
@@ -332,22 +332,15 @@ def build(
     chosen = AutoOverlap() if overlap == "auto" else None if overlap == "off" else overlap
     config, stack = model.config, model.model
     heads = HeadMap(config.num_attention_heads, config.num_key_value_heads, *groups.layout)
-    windows = sliding_windows(config)
-    layers = [
-        ParallelDecoderLayer.from_module(
-            layer,
-            groups=groups,
-            heads=heads,
-            layer_index=index,
-            window=windows[index],
-            softmax_scale=layer.self_attn.scaling,
-            sequence_sharded=sequence_sharded,
-            pipeline=pipeline,
-            wire=wire,
-            experts=experts,
-        )
-        for index, layer in enumerate(stack.layers)
-    ]
+    layers = decoder_layers(
+        model,
+        groups,
+        Range(0, len(stack.layers)),
+        sequence_sharded=sequence_sharded,
+        pipeline=pipeline,
+        wire=wire,
+        experts=experts,
+    )
     head_dim = stack.layers[0].self_attn.head_dim
     attend = Attend(prefill, decode, heads=heads, head_dim=head_dim)
     add_cores(layers, attend, groups=groups, rope=rope_of(config, head_dim))
@@ -362,7 +355,7 @@ def build(
         heads=heads,
         head_dim=head_dim,
         vocab_size=embedding.num_embeddings,
-        windows=windows,
+        windows=sliding_windows(config),
         sequence_sharded=sequence_sharded,
         overlap=chosen,
         shift=rule,
@@ -371,6 +364,41 @@ def build(
     if model.lm_head.weight is stack.embed_tokens.weight:
         return backbone, LMHead.tied(embedding, groups=groups)
     return backbone, LMHead.from_linear(model.lm_head, groups=groups)
+
+
+def decoder_layers(
+    model: PreTrainedModel,
+    groups: Groups,
+    which: Range,
+    *,
+    sequence_sharded: bool = False,
+    pipeline: ThreePhase | None = None,
+    wire: Wire | None = None,
+    experts: ExpertPlacement = "tp",
+) -> list[ParallelDecoderLayer]:
+    """Some consecutive decoder layers of a model, sliced; in a cache of theirs they count from 0.
+
+    Raises:
+        ValueError: heads that cannot be split over the mesh.
+    """
+    config, stack = model.config, model.model
+    heads = HeadMap(config.num_attention_heads, config.num_key_value_heads, *groups.layout)
+    windows = sliding_windows(config)
+    return [
+        ParallelDecoderLayer.from_module(
+            layer,
+            groups=groups,
+            heads=heads,
+            layer_index=index,
+            window=windows[which.start + index],
+            softmax_scale=layer.self_attn.scaling,
+            sequence_sharded=sequence_sharded,
+            pipeline=pipeline,
+            wire=wire,
+            experts=experts,
+        )
+        for index, layer in enumerate(stack.layers[which.start : which.stop])
+    ]
 
 
 def _shift(shift: Any, stored: Layout) -> Shift | AutoShift | None:

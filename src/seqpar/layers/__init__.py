@@ -27,6 +27,7 @@ from seqpar.layers.mlp import ParallelMLP
 from seqpar.layers.moe import ExpertPlacement, ParallelMoE
 from seqpar.layers.norm import RMSNorm
 from seqpar.layers.overlap import OverlappedAttention, OverlappedMLP
+from seqpar.layers.pipeline import PipelineStage
 from seqpar.layers.placed import PlacedCore
 from seqpar.layers.qship import QShipDecodeAttention
 from seqpar.layers.ring import CachedKV, RingAttention, placed_rows
@@ -58,6 +59,7 @@ __all__ = [
     "ParallelLMHead",
     "ParallelMLP",
     "ParallelMoE",
+    "PipelineStage",
     "PipelinedUlysses",
     "PlacedCore",
     "Policy",

@@ -31,6 +31,7 @@ from seqpar.plan.hardware import HARDWARE, MACHINES, NETWORKS, Accelerator, Fabr
 from seqpar.plan.helix import helix_volume
 from seqpar.plan.model import FAMILIES, Model, StepWork
 from seqpar.plan.overlap import Candidate, OverlapChoice, overlap
+from seqpar.plan.pipeline import PipelineTimes, StageTimes, measured_pipeline, pipeline
 from seqpar.plan.prefill import ModelShape, prefill_costs
 from seqpar.plan.ring import RingCase, RingCosts, ring_costs, ring_method, ring_seconds, ring_volumes
 from seqpar.plan.schedule import Schedule, Slot, bound, makespan, repeated_makespan
@@ -83,6 +84,7 @@ __all__ = [
     "Options",
     "OverlapChoice",
     "Part",
+    "PipelineTimes",
     "Place",
     "Plan",
     "RingCase",
@@ -95,6 +97,7 @@ __all__ = [
     "Slot",
     "SlotCosts",
     "Spent",
+    "StageTimes",
     "StepCost",
     "StepCosts",
     "StepWork",
@@ -122,9 +125,11 @@ __all__ = [
     "layer_volumes",
     "make_trace",
     "makespan",
+    "measured_pipeline",
     "most_requests",
     "overlap",
     "percentile",
+    "pipeline",
     "prefill_costs",
     "read_trace",
     "repeated_makespan",
