@@ -4,6 +4,7 @@
 #   make test            format, lint, types, layering, tests: what CI runs
 #   make bench           quick benchmarks; `make peers` first to compare with DeepSpeed and yunchang too
 #   make paper           published numbers beside what the plan says of them
+#   make kernels         compile the Triton kernels for GPUs that are not here; the table that `make test` compares with
 
 RANKS ?= 2
 PYTHON ?= $(firstword $(foreach p,python3 python3.11 python3.12 python3.13 python3.14,$(shell \
@@ -22,7 +23,7 @@ TORCHRUN := OMP_NUM_THREADS=1 $(BIN)/torchrun --nnodes=1 --rdzv-backend=c10d --r
   --local-addr=127.0.0.1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench paper peers clean
+.PHONY: help setup demo test lint bench kernels paper peers clean
 
 help:  ## what there is
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
@@ -57,6 +58,10 @@ bench: $(STAMP)  ## quick benchmarks on this machine (minutes); peers that are n
 
 paper: $(STAMP)  ## docs/paper-results.md: every published number beside what the plan says of it
 	@$(BIN)/python benchmarks/paper_results.py --json docs/results/paper-results.json --markdown docs/paper-results.md
+
+kernels: $(STAMP)  ## docs/results/kernels.md: what every Triton kernel needs on every target; minutes, no GPU
+	@echo "kernels: compiling for sm_80, sm_90, sm_100, gfx942"
+	@$(BIN)/python benchmarks/compile_kernels.py
 
 peers: $(PEERS_STAMP)  ## a second environment with the libraries that the benchmarks compare with
 

@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # Check, then time, on one CUDA machine: what the CPUs of CI cannot show.
 #
-#   benchmarks/gpu.sh FOLDER [--part tests|overlap|layers|all] [--quick]
+#   benchmarks/gpu.sh FOLDER [--part tests|kernels|overlap|layers|all] [--quick]
 #
 #   tests    the GPU suite                                                FOLDER/tests.log
+#   kernels  benchmarks/kernels.py: Triton kernels, checked, then timed    FOLDER/kernels.json, kernels.log
 #   overlap  benchmarks/overlap_cuda.py, one measurement after another    FOLDER/overlap_*.json, overlap.log
 #   layers   benchmarks/layers.py on this machine's processors            FOLDER/layers.json, layers.log
 #
@@ -12,7 +13,7 @@
 # triton, transformers, einops, safetensors, jaxtyping, hypothesis and pytest; beartype and matplotlib are not needed.
 set -u -o pipefail
 cd "$(dirname "$0")/.."
-usage='usage: benchmarks/gpu.sh FOLDER [--part tests|overlap|layers|all] [--quick]'
+usage='usage: benchmarks/gpu.sh FOLDER [--part tests|kernels|overlap|layers|all] [--quick]'
 out=${1:?$usage}
 shift
 part=all quick=
@@ -23,7 +24,7 @@ while (($#)); do
     *) echo "$usage" >&2; exit 2 ;;
   esac
 done
-case $part in tests | overlap | layers | all) ;; *) echo "$usage" >&2; exit 2 ;; esac
+case $part in tests | kernels | overlap | layers | all) ;; *) echo "$usage" >&2; exit 2 ;; esac
 mkdir -p "$out"
 
 python=${PYTHON:-python3}
@@ -53,6 +54,9 @@ if wants tests; then
   # Without the shape checker, which needs beartype; another PyTorch's warnings are no failures of ours.
   run 540 tests "$python" -m pytest -q -m gpu tests -o addopts="--import-mode=importlib --strict-markers" \
     -o filterwarnings=default --continue-on-collection-errors -rs --durations=10
+fi
+if wants kernels; then
+  run 300 kernels "$python" benchmarks/kernels.py $quick --json "$out/kernels.json"
 fi
 if wants overlap; then
   for one in ghost:60 schedules:180 contention:120 tax:100 late:60; do

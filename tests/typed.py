@@ -3,7 +3,8 @@
 jaxtyping's own import hook gives each function the wrapper that binds the letters of shapes, which costs tens of
 microseconds a call, also where no shape is in sight. Ranks spent three quarters of their time in it (2 cores, November
 2026). This hook gives it to functions whose annotations name an array type, and beartype alone to the others.
-Functions inside functions are left alone: they would be wrapped anew at each call.
+Functions inside functions are left alone: they would be wrapped anew at each call. So are Triton's, of which only the
+source counts.
 """
 
 from __future__ import annotations
@@ -88,7 +89,7 @@ def _decorate(body: Sequence[ast.stmt], arrays: set[str]) -> None:
             if any("dataclass" in _names(decorator) for decorator in node.decorator_list):
                 node.decorator_list.insert(0, _call_of(shapes, node))
             _decorate(node.body, arrays)
-        elif isinstance(node, ast.FunctionDef):
+        elif isinstance(node, ast.FunctionDef) and not any("jit" in _names(each) for each in node.decorator_list):
             wanted = shapes if arrays & _annotations(node) else types
             node.decorator_list.append(_call_of(wanted, node))
         elif isinstance(node, ast.If):

@@ -86,4 +86,4 @@ def test_bad_input_is_refused() -> None:
     with pytest.raises(ValueError, match=r"`weight` must have one entry per column of `x` \(8\), got \[7\]"):
         rms_norm(torch.zeros(2, 8), torch.zeros(7), EPS)
     with pytest.raises(ValueError, match="`backend` must be one of"):
-        rms_norm(torch.zeros(2, 8), torch.zeros(8), EPS, backend="triton")
+        rms_norm(torch.zeros(2, 8), torch.zeros(8), EPS, backend="flash")

@@ -1,4 +1,4 @@
-"""The stand-in for a collective: compiled for GPUs, since the interpreter knows no clock; its host side."""
+"""The stand-in for a collective: what it takes of GPUs, since the interpreter knows no clock; its host side."""
 
 from __future__ import annotations
 
@@ -7,27 +7,24 @@ import math
 import pytest
 
 from seqpar.kernels.spin import spin
-from tests.kernels.compiled import Resources, compiled_apart
-
-CODE = """
-import json
-from seqpar.kernels.spin.triton import THREADS, spin_kernel
-from tests.kernels.compiled import compile_for
-found = [
-    compile_for(arch, spin_kernel, nanoseconds, 0, THREADS=THREADS, num_warps=THREADS // 32)
-    for arch, nanoseconds in [(80, 500), (90, 500), (100, 500), (90, 1 << 40)]
-]
-print(json.dumps([THREADS, found]))
-"""
+from tests.kernels.test_targets import TABLE, VARIANTS
 
 
 def test_a_cta_takes_a_whole_multiprocessor() -> None:
-    """Seven eighths of 65536 registers, so that nothing larger than an eighth fits in beside it; none spilled."""
-    threads, found = compiled_apart(CODE)
-    assert len(found) == 4
-    for registers, stack, shared in (Resources(*one) for one in found):
+    """Seven eighths of 65536 registers, so that nothing larger than an eighth fits in beside it; none spilled.
+
+    What the table says is what is compiled: `test_targets.py`.
+    """
+    found = [
+        (variant.constexprs["THREADS"], need)
+        for name, variant in VARIANTS.items()
+        if name.startswith("spin/")
+        for need in TABLE[name]["targets"].values()
+    ]
+    assert len(found) == 6
+    for threads, (registers, spilled, shared) in found:
         assert threads * registers >= 65536 * 7 // 8
-        assert (stack, shared) == (0, 0)
+        assert (spilled, shared) == (0, 0)
 
 
 @pytest.mark.parametrize(

@@ -30,9 +30,15 @@ from seqpar.comm.mesh import describe
 from seqpar.comm.record import count
 from seqpar.comm.steps import Steps
 from seqpar.comm.wire import Code, Wire, check_wire
+from seqpar.kernels.columns import ColumnPlan, pack_columns, unpack_columns
+from seqpar.kernels.dispatch import choose_backend
 from seqpar.partition import Range
 
 __all__ = ["heads_to_seq", "heads_to_seq_steps", "seq_to_heads", "seq_to_heads_steps"]
+
+
+Pack = Callable[[Tensor], Tensor]
+"""Makes the flat send buffer of a matrix."""
 
 
 @dataclass(frozen=True)
@@ -67,8 +73,17 @@ class Reshard:
         """Whether the columns tile in blocks of one width."""
         return self.tiles and len(set(self.widths)) == 1
 
+    @cached_property
+    def units(self) -> ColumnPlan:
+        """The same in the largest units that all ranges are made of."""
+        unit = gcd(self.width, *(bound for ranges in self.columns for r in ranges for bound in r)) or 1
+        blocks = (tuple(c // unit for r in ranges for c in range(*r, unit)) for ranges in self.columns)
+        return ColumnPlan(tuple(blocks), unit)
+
     def pack(self, x: Tensor) -> Tensor:
         """The columns of each rank as one block after another, flat."""
+        if choose_backend("columns", x.device, x.dtype) == "triton":
+            return pack_columns(x, self.units)
         if self.equal:
             return x.view(len(x), len(self.widths), self.widths[0]).transpose(0, 1).contiguous().view(-1)
         blocks = x.new_empty(len(x) * sum(self.widths))
@@ -82,6 +97,8 @@ class Reshard:
     def unpack(self, flat: Tensor, rows: int) -> Tensor:
         """The adjoint of `pack`: every block back at its columns, summed where they overlap."""
         if self.tiles:
+            if choose_backend("columns", flat.device, flat.dtype) == "triton":
+                return unpack_columns(flat, self.units, rows)
             if self.equal:
                 return flat.view(len(self.widths), rows, self.widths[0]).transpose(0, 1).reshape(rows, self.width)
             return torch.cat(self._blocks(flat, rows), 1)
@@ -135,6 +152,7 @@ def seq_to_heads_steps(
     label: str = "",
     wire: Wire | None = None,
     head_dim: int | None = None,
+    pack: Pack | None = None,
 ) -> Steps[Tensor]:
     """Reshard a token-sharded matrix by columns (heads), in one all-to-all.
 
@@ -143,6 +161,9 @@ def seq_to_heads_steps(
     Grad:  sharded as the output; sent back as it is, summed over the ranks that share columns.
     Comm:  each rank sends T_r * (sum of the others' widths) elements; a `wire` format encodes each head of `head_dim`
         columns by itself, so that no scale serves two, and gives every rank's part, its own too, back rounded.
+
+    With `pack` another function fills the send buffer, and may change what is sent on the way: where there are several
+    ranks, and no gradient is wanted, which would be that of the columns as they are.
 
     Raises:
         ValueError: `columns`, `tokens` or `x` do not fit; heads that do not fit the columns; a wire format that is
@@ -153,7 +174,7 @@ def seq_to_heads_steps(
     plan = _plan(tuple(map(tuple, columns)), tuple(tokens), x.shape[1])
     _check(plan, x, plan.tokens[group.rank()], plan.width, group)
     code = _code(plan, x, wire, head_dim)
-    return (yield from _to_heads_steps(x, plan=plan, group=group, label=label, code=code))
+    return (yield from _to_heads_steps(x, plan=plan, group=group, label=label, code=code, pack=pack))
 
 
 def heads_to_seq_steps(
@@ -186,14 +207,20 @@ def heads_to_seq_steps(
 
 
 def _to_heads_steps(
-    x: Tensor, *, plan: Reshard, group: ProcessGroup, label: str, code: Code | None = None
+    x: Tensor,
+    *,
+    plan: Reshard,
+    group: ProcessGroup,
+    label: str,
+    code: Code | None = None,
+    pack: Pack | None = None,
 ) -> Steps[Tensor]:
     if group.size() == 1:
         return _select(x, plan)
     rank = group.rank()
     rows, width = sum(plan.tokens), plan.widths[rank]
     handle = _exchange(
-        plan.pack(x.detach()),
+        (pack or plan.pack)(x.detach()),
         plan.wide_sizes(rank),
         plan.tall_sizes(rank),
         group,

@@ -32,7 +32,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from seqpar.kernels.quantize import FORMATS, PIECE, Wire, check_wire, decode, encode, encoded_width
+from seqpar.kernels.quantize import (
+    FORMATS,
+    PIECE,
+    Wire,
+    check_wire,
+    decode,
+    decode_sum,
+    encode,
+    encoded_width,
+    recode_sum,
+)
 
 __all__ = ["Code", "Wire", "check_wire"]
 
@@ -84,20 +94,21 @@ class Code(NamedTuple):
         """The numbers, flat."""
         if self.wire is None:
             return flat
-        rows = flat.view(torch.uint8).view(-1, encoded_width(self.unit, self.wire))
+        (rows,) = self._rows([flat])
         return decode(rows, self.unit, dtype or self.dtype, self.wire).view(-1)
 
-    def total(self, parts: Sequence[Tensor]) -> Tensor:
-        """The sum in float32 of encoded tensors, from left to right."""
-        total = self.decode(parts[0], torch.float32)
-        for part in parts[1:]:
-            total += self.decode(part, torch.float32)
-        return total
-
     def sum(self, parts: Sequence[Tensor]) -> Tensor:
-        """`total`, rounded to the dtype."""
-        return self.total(parts).to(self.dtype)
+        """The sum in float32 of encoded tensors, from left to right, rounded to the dtype."""
+        assert self.wire is not None
+        return decode_sum(self._rows(parts), self.unit, self.dtype, self.wire).view(-1)
 
     def sum_encoded(self, parts: Sequence[Tensor]) -> Tensor:
-        """`total`, encoded."""
-        return self.encode(self.total(parts))
+        """That sum, encoded before it is rounded."""
+        assert self.wire is not None
+        rows = recode_sum(self._rows(parts), self.unit, self.dtype, self.wire)
+        return rows.view(-1).view(FORMATS[self.wire].codes)
+
+    def _rows(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        assert self.wire is not None
+        width = encoded_width(self.unit, self.wire)
+        return [part.view(torch.uint8).view(-1, width) for part in parts]

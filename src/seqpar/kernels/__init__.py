@@ -6,8 +6,8 @@ from seqpar.kernels.experts import combine, experts, route, sort_by_expert
 from seqpar.kernels.invariance import is_cut_invariant, is_row_invariant
 from seqpar.kernels.linear import linear, linear_backend
 from seqpar.kernels.merge import add_sinks, merge
-from seqpar.kernels.rms_norm import rms_norm
-from seqpar.kernels.rotary import RopeConfig, rope_table, rotary
+from seqpar.kernels.rms_norm import add_rms_norm, rms_norm
+from seqpar.kernels.rotary import RopeConfig, norm_rotary, rope_table, rotary
 from seqpar.kernels.sparse import BlockLists, sparse_attention
 from seqpar.kernels.swiglu import swiglu
 from seqpar.kernels.tile import tile_attention, tile_gradients
@@ -16,6 +16,7 @@ __all__ = [
     "Backend",
     "BlockLists",
     "RopeConfig",
+    "add_rms_norm",
     "add_sinks",
     "attention",
     "choose_backend",
@@ -26,6 +27,7 @@ __all__ = [
     "linear",
     "linear_backend",
     "merge",
+    "norm_rotary",
     "rms_norm",
     "rope_table",
     "rotary",

@@ -29,6 +29,8 @@ from typing import Literal, TypeVar, get_args
 import torch
 from torch import Tensor
 
+from seqpar.kernels.rows import copy_spans
+
 __all__ = ["CompactionPlan", "Strategy", "plan"]
 
 T = TypeVar("T")
@@ -81,6 +83,10 @@ class CompactionPlan:
                 f"`lengths` must be {self.num_slots} numbers, one a slot, of 0 to {room} (the size of dim {dim + 1}), "
                 f"got {list(lengths)}"
             )
+        if dim == 0 and tensor.dim() > 1 and tensor.is_contiguous():
+            spans = [(source * room, target * room, lengths[source]) for source, target in self.moves]
+            copy_spans(tensor.flatten(0, 1), tensor.flatten(0, 1), spans)
+            return
         for source, target in self.moves:
             used = lengths[source]
             tensor.select(dim, target).narrow(dim, 0, used).copy_(tensor.select(dim, source).narrow(dim, 0, used))

@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from seqpar.kernels.rows import Span, append_rows, copy_spans
 from seqpar.kv import compaction
 from seqpar.kv.compaction import CompactionPlan, Strategy
 from seqpar.kv.ledger import Ledger
@@ -495,14 +496,13 @@ class PagedKV:
                 is older than the last free, truncate, select or move of a request in it; then nothing was written.
         """
         self._check_append(k, v, batch, heads, batch.num_tokens)
-        for store, new in ((self._k, k), (self._v, v)):
-            flat, new = store[layer].flatten(0, 1), new.detach()
-            if heads is not None:
-                flat = flat[:, heads.start : heads.stop]
-            if flat.is_cpu and len(batch.slot_runs) == 1:
-                flat.narrow(0, batch.slot_runs[0][1], len(new)).copy_(new)
-            else:
-                flat.index_copy_(0, batch.slots, new)
+        keys, values = (self._flat(store[layer], heads) for store in (self._k, self._v))
+        if keys.is_cpu and len(batch.slot_runs) == 1:
+            start = batch.slot_runs[0][1]
+            keys.narrow(0, start, len(k)).copy_(k.detach())
+            values.narrow(0, start, len(v)).copy_(v.detach())
+        else:
+            append_rows(keys, values, k.detach(), v.detach(), batch.slots)
         self._ledgers[layer].add(batch, heads)
 
     def gather(
@@ -515,9 +515,10 @@ class PagedKV:
         """
         self.check_appended(layer, requests)
         rows = self._stored(self.page_size)
-        slots = [slice(p * rows, p * rows + used) for r in requests for p, used in self._pages_of(self._get(r))]
-        k, v = (store[layer].flatten(0, 1) for store in (self._k, self._v))
-        return torch.cat([k[:0], *(k[s] for s in slots)]), torch.cat([v[:0], *(v[s] for s in slots)])
+        spans: list[Span] = []
+        for page, used in (pair for request in requests for pair in self._pages_of(self._get(request))):
+            spans.append((page * rows, sum(spans[-1][1:]) if spans else 0, used))
+        return self._gathered(self._k[layer], spans), self._gathered(self._v[layer], spans)
 
     def check_appended(self, layer: int, requests: Sequence[Hashable]) -> None:
         """Raise ValueError unless the requests are held and all their tokens are there."""
@@ -528,6 +529,20 @@ class PagedKV:
                     f"`requests` must be read after their keys are appended (layer {layer}, request {request!r}: "
                     f"{self.length(request)} tokens promised), got {appended} appended"
                 )
+
+    @staticmethod
+    def _flat(store: Tensor, heads: Range | None) -> Tensor:
+        """The rows of all pages, of some heads."""
+        flat = store.flatten(0, 1)
+        return flat if heads is None else flat[:, heads.start : heads.stop]
+
+    @staticmethod
+    def _gathered(store: Tensor, spans: Sequence[Span]) -> Tensor:
+        """Rows of all pages that lie in spans, one after another."""
+        rows = store.flatten(0, 1)
+        found = rows.new_empty(sum(spans[-1][1:]) if spans else 0, *rows.shape[1:])
+        copy_spans(found, rows, spans)
+        return found
 
     def _check_append(self, k: Tensor, v: Tensor, batch: RaggedBatch, heads: Range | None, tokens: int) -> None:
         """Refuse what is not this step's keys and values of that many tokens."""

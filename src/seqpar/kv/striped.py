@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from seqpar.kernels.rows import append_rows
 from seqpar.kv.paged import PagedKV
 from seqpar.partition import Range, Striping
 from seqpar.ragged import RaggedBatch
@@ -162,11 +163,8 @@ class StripedKV(PagedKV):
 
     def _write(self, layer: int, k: Tensor, v: Tensor, batch: RaggedBatch, heads: Range | None) -> None:
         slots = self._own(batch).slots
-        for store, new in ((self._k, k), (self._v, v)):
-            flat = store[layer].flatten(0, 1)
-            if heads is not None:
-                flat = flat[:, heads.start : heads.stop]
-            flat.index_copy_(0, slots, new.detach())
+        keys, values = (self._flat(store[layer], heads) for store in (self._k, self._v))
+        append_rows(keys, values, k.detach(), v.detach(), slots)
         self._ledgers[layer].add(batch, heads)
 
     def _own(self, batch: RaggedBatch) -> _Own:

@@ -14,13 +14,14 @@ from torch import Tensor, nn
 
 from seqpar import comm
 from seqpar.comm import Groups, ProcessGroup, Steps, Wire
+from seqpar.kernels import add_rms_norm
 from seqpar.kv import PagedKV
 from seqpar.layers.base import check_covered, check_gradients, drop_child_names, find_layout, part_of
 from seqpar.layers.heads import HeadParameter
 from seqpar.layers.linear import QKVParallelLinear, RowParallelLinear, enter_steps
 from seqpar.layers.mlp import ParallelMLP, given
 from seqpar.layers.moe import ExpertPlacement, ParallelMoE, is_mixture
-from seqpar.layers.norm import RMSNorm
+from seqpar.layers.norm import RMSNorm, is_plain
 from seqpar.layers.placed import PlacedCore
 from seqpar.layers.threephase import PipelinedUlysses
 from seqpar.layers.ulysses import UlyssesAttention
@@ -338,8 +339,12 @@ class ParallelDecoderLayer(nn.Module):
             x = tail.take(x, start)
             if not tail.rows:
                 return x
-        x = x + attended
-        normed = yield from comm.call(self.post_attention_layernorm, x)
+        norm = self.post_attention_layernorm
+        if is_plain(norm) and x.dtype == attended.dtype:
+            normed, x = add_rms_norm(x, attended, norm.weight, norm.eps)
+        else:
+            x = x + attended
+            normed = yield from comm.call(norm, x)
         hidden: Tensor = yield from comm.call(self.mlp, normed, **options)
         return x + hidden
 

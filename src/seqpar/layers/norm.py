@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from typing import TypeGuard
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from seqpar import comm
 from seqpar.comm import Groups, ProcessGroup
 from seqpar.kernels import rms_norm
 from seqpar.layers.base import ShardedModule, Source, check_covered
 
-__all__ = ["RMSNorm"]
+__all__ = ["RMSNorm", "is_plain"]
 
 
 class RMSNorm(ShardedModule):
@@ -79,3 +82,8 @@ class RMSNorm(ShardedModule):
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, eps={self.eps}"
+
+
+def is_plain(norm: nn.Module) -> TypeGuard[RMSNorm]:
+    """Whether what a norm computes may be computed together with what stands around it: nothing sees its call."""
+    return type(norm) is RMSNorm and not comm.is_wrapped(norm)

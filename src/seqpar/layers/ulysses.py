@@ -7,7 +7,9 @@ buffer is used as it arrived: tokens come in rank order, so nothing is unpacked.
 
 Rotary embedding and q/k norms are applied after the first all-to-all, to the heads that the rank owns. Before it they
 would cost the same, but need a second pass over the send buffer or an in-place write that training cannot undo; with
-replicated KV heads the late form repeats them once per replica, which is small beside attention.
+replicated KV heads the late form repeats them once per replica, which is small beside attention. On a GPU, where the
+send buffer is filled by a kernel that does both on the way, and no gradient is wanted, they are applied there, and no
+pass is left but those of packing and attention. Values are the same: a head meets the same numbers on either side.
 
 Source: DeepSpeed-Ulysses (arXiv:2309.14509) exchanges q, k and v in three calls and refuses what does not divide; the
 fused form with replicated KV heads is Shift Parallelism's (arXiv:2509.16495).
@@ -15,6 +17,8 @@ fused form with replicated KV heads is Shift Parallelism's (arXiv:2509.16495).
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -24,11 +28,14 @@ from torch import Tensor, nn
 
 from seqpar import comm
 from seqpar.comm import Mark, ProcessGroup, Steps
-from seqpar.kernels import attention, rotary
+from seqpar.kernels import attention, choose_backend, norm_rotary, rotary
+from seqpar.kernels.columns import KEY, OTHER, QUERY, ColumnPlan, Norm, pack_heads
+from seqpar.kernels.dispatch import wants_grad
 from seqpar.kernels.quantize import Wire, check_wire
 from seqpar.kv import PagedKV, StripedKV
 from seqpar.layers.base import drop_child_names, find_layout
 from seqpar.layers.heads import HeadParameter
+from seqpar.layers.norm import is_plain
 from seqpar.partition import HeadMap, Layout, Range, even_ranges, even_split, layout_names
 from seqpar.ragged import RaggedBatch, Tail
 
@@ -36,11 +43,15 @@ __all__ = ["UlyssesAttention"]
 
 
 class _Exchange(NamedTuple):
-    """What travels in one layout: the group, and the columns that each of its ranks receives and returns."""
+    """What travels in one layout: the group, and the columns that each of its ranks receives and returns.
+
+    `heads` has the received ones as heads, with what each is.
+    """
 
     group: ProcessGroup
     columns: tuple[tuple[Range, ...], ...]
     widths: tuple[int, ...]
+    heads: ColumnPlan
 
 
 class UlyssesAttention(nn.Module):
@@ -160,6 +171,7 @@ class UlyssesAttention(nn.Module):
         tokens = even_split(batch.num_tokens, exchange.group.size())
         self._check(qkv, tokens[exchange.group.rank()], exchange)
         self._check_step(qkv, batch, cos, sin, kv, tail)
+        pack = self._packing(qkv, cos, sin, exchange)
         mine = yield from comm.seq_to_heads_steps(
             qkv,
             columns=exchange.columns,
@@ -168,15 +180,16 @@ class UlyssesAttention(nn.Module):
             label=self.label,
             wire=self.wire,
             head_dim=self.head_dim,
+            pack=pack,
         )
         q, k, v = self._split(mine)
-        k = self.prepare(self.k_norm, k, cos, sin)
+        k = k if pack else self.prepare(self.k_norm, k, cos, sin)
         if tail is not None:
             q = tail.take(q)
             cos, sin = (None, None) if cos is None or sin is None else (tail.take(cos), tail.take(sin))
             slices = even_ranges(batch.num_tokens, exchange.group.size())
             tokens = tuple(len(tail.within(*rows)) for rows in slices)
-        q = self.prepare(self.q_norm, q, cos, sin)
+        q = q if pack else self.prepare(self.q_norm, q, cos, sin)
         yield Mark(self.layer_index)
         out = self._attend(q, k, v, batch, kv, tail)
         if tail is not None and not tail.rows:
@@ -229,7 +242,36 @@ class UlyssesAttention(nn.Module):
 
     def _exchange(self, heads: HeadMap, group: ProcessGroup, tp_rank: int) -> _Exchange:
         columns = tuple(tuple(r.scale(self.head_dim) for r in ranges) for ranges in heads.columns(tp_rank))
-        return _Exchange(group, columns, tuple(width * self.head_dim for width in heads.out_widths(tp_rank)))
+        widths = tuple(width * self.head_dim for width in heads.out_widths(tp_rank))
+        kinds = (
+            kind
+            for segment in heads.storage(tp_rank)
+            for kind in ((QUERY,) if segment.kind == "q" else (KEY, OTHER)) * segment.heads.size
+        )
+        blocks = (tuple(head for r in ranges for head in range(*r)) for ranges in heads.columns(tp_rank))
+        return _Exchange(group, columns, widths, ColumnPlan(tuple(blocks), self.head_dim, tuple(kinds)))
+
+    def _packing(
+        self, qkv: Tensor, cos: Tensor | None, sin: Tensor | None, exchange: _Exchange
+    ) -> Callable[[Tensor], Tensor] | None:
+        """What fills the send buffer with heads that are normed and turned, where a kernel does it on the way.
+
+        A wire format would round other numbers then, so with one they are prepared where they arrive.
+        """
+        group, triton = exchange.group, choose_backend("columns", qkv.device, qkv.dtype) == "triton"
+        if not triton or group.size() == 1 or self.wire is not None or cos is None or sin is None:
+            return None
+        norms: list[Norm | None] = []
+        for norm in (self.q_norm, self.k_norm):
+            if norm is not None and not is_plain(norm):
+                return None
+            norms.append(None if norm is None else (norm.weight, norm.eps))
+        inputs = [qkv, cos, sin, *(norm[0] for norm in norms if norm is not None)]
+        if wants_grad(*inputs) or any(tensor.dtype != qkv.dtype for tensor in inputs) or self.head_dim % 2:
+            return None
+        rows = slice(*even_ranges(len(cos), group.size())[group.rank()])
+        q_norm, k_norm = norms
+        return partial(pack_heads, plan=exchange.heads, cos=cos[rows], sin=sin[rows], q_norm=q_norm, k_norm=k_norm)
 
     def _check(self, qkv: Tensor, tokens: int, exchange: _Exchange) -> None:
         columns = max(r.stop for ranges in exchange.columns for r in ranges)
@@ -295,8 +337,12 @@ class UlyssesAttention(nn.Module):
 
     @staticmethod
     def prepare(norm: nn.Module | None, x: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
-        x = x if norm is None else norm(x)
-        return x if cos is None or sin is None else rotary(x, cos, sin)
+        """Norm and turn heads."""
+        if cos is None or sin is None:
+            return x if norm is None else norm(x)
+        if norm is not None and is_plain(norm):
+            return norm_rotary(x, norm.weight, norm.eps, cos, sin)
+        return rotary(x if norm is None else norm(x), cos, sin)
 
     def _check_sinks(self, sinks: HeadParameter) -> None:
         """Refuse sinks that are not one number for each query head of this rank."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import get_args
 
 import torch
@@ -12,7 +13,7 @@ from seqpar.kernels.dispatch import Backend, choose_backend, unknown_backend
 from seqpar.kernels.quantize import pytorch, reference
 from seqpar.kernels.quantize.reference import FORMATS, PIECE, Wire
 
-__all__ = ["FORMATS", "PIECE", "Wire", "check_wire", "decode", "encode", "encoded_width"]
+__all__ = ["FORMATS", "PIECE", "Wire", "check_wire", "decode", "decode_sum", "encode", "encoded_width", "recode_sum"]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -45,11 +46,15 @@ def encode(
     check_wire(wire, x)
     if backend == "auto":
         backend = choose_backend("quantize", x.device, x.dtype)
+    if backend == "triton":
+        from seqpar.kernels.quantize import triton
+
+        return triton.encode(x, wire, limit or x.dtype)
     if backend == "torch":
         return pytorch.encode(x, wire, limit or x.dtype)
     if backend == "reference":
         return reference.encode(x, wire, limit or x.dtype)
-    raise unknown_backend(backend)
+    raise unknown_backend(backend, "triton")
 
 
 def decode(
@@ -63,19 +68,78 @@ def decode(
     Raises:
         ValueError: an unknown format or dtype, or rows of another width.
     """
-    check_wire(wire)
-    if dtype not in DTYPES:
-        raise ValueError(f"`dtype` must be one of {', '.join(map(str, DTYPES))}, got {dtype}")
-    width = encoded_width(n, wire)
-    if data.shape[1] != width:
-        raise ValueError(f"`data` must have {width} bytes a row for {n} numbers, got {data.shape[1]}")
+    _check_encoded("data", [data], n, dtype, wire)
     if backend == "auto":
         backend = choose_backend("quantize", data.device, dtype)
+    if backend == "triton":
+        from seqpar.kernels.quantize import triton
+
+        return triton.decode(data, n, dtype, wire)
     if backend == "torch":
         return pytorch.decode(data, n, dtype, wire)
     if backend == "reference":
         return reference.decode(data, n, dtype, wire)
-    raise unknown_backend(backend)
+    raise unknown_backend(backend, "triton")
+
+
+def decode_sum(
+    parts: Sequence[UInt8[Tensor, "rows bytes"]], n: int, dtype: torch.dtype, wire: Wire, *, backend: Backend = "auto"
+) -> Float[Tensor, "rows n"]:
+    """The sum of encoded rows, what a rank makes of the parts that the others sent.
+
+    In:    parts of [rows, encoded_width(n)] each, in the order in which they are added.
+    Out:   [rows, n]: added in float32 and rounded once to `dtype`.
+
+    Raises:
+        ValueError: no part, or as `decode`, or parts of different shapes.
+    """
+    backend = _check_parts(parts, n, dtype, wire, backend)
+    if backend == "triton":
+        from seqpar.kernels.quantize import triton
+
+        return triton.decode_sum(parts, n, dtype, wire)
+    if backend == "torch":
+        return pytorch.decode_sum(parts, n, dtype, wire)
+    return reference.decode_sum(parts, n, dtype, wire)
+
+
+def recode_sum(
+    parts: Sequence[UInt8[Tensor, "rows bytes"]], n: int, limit: torch.dtype, wire: Wire, *, backend: Backend = "auto"
+) -> UInt8[Tensor, "rows bytes"]:
+    """`encode` of that sum in float32, within the range of the dtype `limit`.
+
+    Raises:
+        ValueError: as `decode_sum`.
+    """
+    backend = _check_parts(parts, n, limit, wire, backend)
+    if backend == "triton":
+        from seqpar.kernels.quantize import triton
+
+        return triton.recode_sum(parts, n, limit, wire)
+    if backend == "torch":
+        return pytorch.recode_sum(parts, n, limit, wire)
+    return reference.recode_sum(parts, n, limit, wire)
+
+
+def _check_parts(parts: Sequence[Tensor], n: int, dtype: torch.dtype, wire: Wire, backend: Backend) -> Backend:
+    """The backend that adds encoded parts, once they fit."""
+    if not parts or any(part.shape != parts[0].shape for part in parts):
+        raise ValueError(f"`parts` must be one or more of one shape, got {[list(part.shape) for part in parts]}")
+    _check_encoded("parts", parts, n, dtype, wire)
+    if backend == "auto":
+        return choose_backend("quantize", parts[0].device, dtype)
+    if backend not in ("torch", "reference", "triton"):
+        raise unknown_backend(backend, "triton")
+    return backend
+
+
+def _check_encoded(name: str, data: Sequence[Tensor], n: int, dtype: torch.dtype, wire: Wire) -> None:
+    check_wire(wire)
+    if dtype not in DTYPES:
+        raise ValueError(f"`dtype` must be one of {', '.join(map(str, DTYPES))}, got {dtype}")
+    width = encoded_width(n, wire)
+    if data[0].shape[1] != width:
+        raise ValueError(f"`{name}` must have {width} bytes a row for {n} numbers, got {data[0].shape[1]}")
 
 
 def encoded_width(n: int, wire: Wire) -> int:

@@ -6,7 +6,7 @@ to get than the arithmetic.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from jaxtyping import Float, UInt8
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from seqpar.kernels.quantize.reference import FORMATS, Format, Wire, pack, scales, scales_of
 
-__all__ = ["decode", "encode"]
+__all__ = ["decode", "decode_sum", "encode", "recode_sum"]
 
 BLOCK = 1 << 17
 """Numbers of a block on a CPU: 512 KB of float32."""
@@ -52,6 +52,27 @@ def decode(data: UInt8[Tensor, "rows bytes"], n: int, dtype: torch.dtype, wire: 
             scratch.copy_(block.view(form.codes))
         out[rows, columns].unflatten(1, scratch.shape[1:]).copy_(scratch.mul_(factor[..., None]))
     return out
+
+
+def decode_sum(
+    parts: Sequence[UInt8[Tensor, "rows bytes"]], n: int, dtype: torch.dtype, wire: Wire
+) -> Float[Tensor, "rows n"]:
+    """`seqpar.kernels.quantize.reference`, bit for bit."""
+    return _total(parts, n, wire).to(dtype)
+
+
+def recode_sum(
+    parts: Sequence[UInt8[Tensor, "rows bytes"]], n: int, limit: torch.dtype, wire: Wire
+) -> UInt8[Tensor, "rows bytes"]:
+    """`seqpar.kernels.quantize.reference`, byte for byte where the sums are finite."""
+    return encode(_total(parts, n, wire), wire, limit)
+
+
+def _total(parts: Sequence[Tensor], n: int, wire: Wire) -> Tensor:
+    total = decode(parts[0], n, torch.float32, wire)
+    for part in parts[1:]:
+        total += decode(part, n, torch.float32, wire)
+    return total
 
 
 def _blocks(num_rows: int, n: int, form: Format, device: torch.device) -> Iterator[tuple[slice, slice, slice, Tensor]]:

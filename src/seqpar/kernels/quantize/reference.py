@@ -25,6 +25,7 @@ Heads are encoded one by one, since keys and values differ in magnitude and must
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, NamedTuple, TypeAlias
 
 import torch
@@ -32,7 +33,19 @@ import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-__all__ = ["FORMATS", "PIECE", "Format", "Wire", "decode", "encode", "pack", "scales", "scales_of"]
+__all__ = [
+    "FORMATS",
+    "PIECE",
+    "Format",
+    "Wire",
+    "decode",
+    "decode_sum",
+    "encode",
+    "pack",
+    "recode_sum",
+    "scales",
+    "scales_of",
+]
 
 Wire: TypeAlias = Literal["int8", "fp8"]
 
@@ -86,6 +99,23 @@ def decode(data: UInt8[Tensor, "rows bytes"], n: int, dtype: torch.dtype, wire: 
     codes = F.pad(data[:, :n], (0, -n % form.group)).view(form.codes).unflatten(1, (form.num_groups(n), form.group))
     x: Tensor = (codes.float() * scales_of(data, n, form)[..., None]).flatten(1)[:, :n]
     return x.to(dtype).contiguous()
+
+
+def decode_sum(
+    parts: Sequence[UInt8[Tensor, "rows bytes"]], n: int, dtype: torch.dtype, wire: Wire
+) -> Float[Tensor, "rows n"]:
+    """The sum in float32 of decoded rows, from left to right, rounded to a dtype."""
+    total = decode(parts[0], n, torch.float32, wire)
+    for part in parts[1:]:
+        total = total + decode(part, n, torch.float32, wire)
+    return total.to(dtype)
+
+
+def recode_sum(
+    parts: Sequence[UInt8[Tensor, "rows bytes"]], n: int, limit: torch.dtype, wire: Wire
+) -> UInt8[Tensor, "rows bytes"]:
+    """That sum, encoded from float32."""
+    return encode(decode_sum(parts, n, torch.float32, wire), wire, limit)
 
 
 def pack(scale: Float[Tensor, "rows groups"], form: Format) -> UInt8[Tensor, "rows bytes"]:

@@ -1,4 +1,4 @@
-"""RMS norm over the last dimension."""
+"""RMS norm over the last dimension, and of a sum that is kept."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 from seqpar.kernels.dispatch import Backend, choose_backend, unknown_backend
 from seqpar.kernels.rms_norm import pytorch, reference
 
-__all__ = ["rms_norm"]
+__all__ = ["add_rms_norm", "check_weight", "rms_norm"]
 
 
 def rms_norm(
@@ -21,14 +21,61 @@ def rms_norm(
     Grad:  to x and weight.
 
     Raises:
-        ValueError: `weight` does not have one entry per column.
+        ValueError: `weight` does not have one entry per column; for "triton" another dtype, or more columns than a
+            block holds.
     """
-    if weight.shape != x.shape[-1:]:
-        raise ValueError(f"`weight` must have one entry per column of `x` ({x.shape[-1]}), got {list(weight.shape)}")
+    check_weight(x, weight)
     if backend == "auto":
         backend = choose_backend("rms_norm", x.device, x.dtype)
+    if backend == "triton":
+        from seqpar.kernels.rms_norm import triton
+
+        return triton.rms_norm(x, weight, eps)
     if backend == "torch":
         return pytorch.rms_norm(x, weight, eps)
     if backend == "reference":
         return reference.rms_norm(x, weight, eps)
-    raise unknown_backend(backend)
+    raise unknown_backend(backend, "triton")
+
+
+def add_rms_norm(
+    x: Float[Tensor, "*rows m"],
+    more: Float[Tensor, "*rows m"],
+    weight: Float[Tensor, " m"],
+    eps: float,
+    *,
+    backend: Backend = "auto",
+) -> tuple[Float[Tensor, "*rows m"], Float[Tensor, "*rows m"]]:
+    """The norm of a sum, and the sum: what stands between two parts of a pre-norm layer, in one pass.
+
+    In:    x, more [..., M] in one dtype, any strides; weight[M].
+    Out:   `rms_norm(x + more)`, then `x + more`, rounded to the dtype before it is normed.
+    Grad:  to x, more and weight.
+
+    Raises:
+        ValueError: shapes or dtypes differ, or as `rms_norm`.
+    """
+    check_weight(x, weight)
+    if x.shape != more.shape or x.dtype != more.dtype:
+        raise ValueError(
+            f"`more` must have the shape and dtype of `x` ({list(x.shape)}, {x.dtype}), "
+            f"got {list(more.shape)}, {more.dtype}"
+        )
+    if backend == "auto":
+        backend = choose_backend("rms_norm", x.device, x.dtype)
+    if backend == "triton":
+        from seqpar.kernels.rms_norm import triton
+
+        return triton.add_rms_norm(x, more, weight, eps)
+    if backend == "torch":
+        total = x + more
+        return pytorch.rms_norm(total, weight, eps), total
+    if backend == "reference":
+        return reference.add_rms_norm(x, more, weight, eps)
+    raise unknown_backend(backend, "triton")
+
+
+def check_weight(x: Tensor, weight: Tensor) -> None:
+    """Raise ValueError unless a weight has one entry per column."""
+    if weight.shape != x.shape[-1:]:
+        raise ValueError(f"`weight` must have one entry per column of `x` ({x.shape[-1]}), got {list(weight.shape)}")

@@ -3,15 +3,19 @@
 A CTA of a collective has hundreds of threads with many registers each, so that no matrix product runs beside it. One
 that only waits would need ten registers, fit in everywhere, and cost others nothing. Here 1024 threads carry 32 values
 each through the wait, and store them if time has run backwards, which no compiler knows to be impossible: 64 registers
-a thread, all that a multiprocessor has (`tests/kernels/test_spin.py` counts them).
+a thread, all that a multiprocessor has (`tests/kernels/test_spin.py` looks them up in the table of what kernels need).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import triton
 import triton.language as tl
 
-__all__ = ["THREADS", "spin", "spin_kernel"]
+from seqpar.kernels.targets import Variant
+
+__all__ = ["THREADS", "spin", "spin_kernel", "variants"]
 
 THREADS = 1024
 
@@ -39,6 +43,13 @@ def spin_kernel(nanoseconds: int, nowhere: int, THREADS: tl.constexpr) -> None:
             values = _other(values)
     if now < start:
         tl.store((nowhere + index.to(tl.int64) * 4).to(tl.pointer_type(tl.int32)), values)
+
+
+def variants() -> Iterator[Variant]:
+    for type_ in ("i32", "i64"):
+        signature = {"nanoseconds": type_, "nowhere": "i32"}
+        cuda = ("sm_80", "sm_90", "sm_100")  # the clock is read by PTX
+        yield Variant(type_, spin_kernel, signature, {"THREADS": THREADS}, THREADS // 32, 3, targets=cuda)
 
 
 def spin(nanoseconds: int, ctas: int) -> None:

@@ -29,7 +29,7 @@ def swiglu(
         backend: which implementation.
 
     Raises:
-        ValueError: the columns are not two of each sub-block.
+        ValueError: the columns are not two of each sub-block; for "triton" another dtype.
     """
     if gate_up.shape[1] != 2 * sum(blocks) or min(blocks, default=-1) < 0:
         raise ValueError(
@@ -38,8 +38,12 @@ def swiglu(
         )
     if backend == "auto":
         backend = choose_backend("swiglu", gate_up.device, gate_up.dtype)
+    if backend == "triton":
+        from seqpar.kernels.swiglu import triton
+
+        return triton.swiglu(gate_up, blocks)
     if backend == "torch":
         return pytorch.swiglu(gate_up, blocks, consume=consume)
     if backend == "reference":
         return reference.swiglu(gate_up, blocks)
-    raise unknown_backend(backend)
+    raise unknown_backend(backend, "triton")
