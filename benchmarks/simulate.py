@@ -10,7 +10,7 @@ The large one: 100,000 requests for a 70B model on 1,024 ranks in replicas of 8,
 
 Scaling: seconds of a prompt and of decodes for 8B, 70B and 405B models on H100s behind three fabrics, by the cost model
 alone, and the number of ranks from which on each technique stops paying: in strong scaling, where twice the ranks save
-less than a tenth of the time; in weak scaling, where ranks get less than half as much done as the fewest do.
+less than a tenth of the time; in weak scaling, where twice as many would be used less than half as well as the fewest.
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ LEAST_TP = {"8B": 1, "70B": 2, "405B": 8}  # whose ranks hold the weights, of on
 SCALES = tuple(1 << i for i in range(11))
 STRONG_PROMPT, WEAK_PROMPT = 1 << 17, 1 << 13  # tokens: of all ranks, of each
 STRONG_DECODES, WEAK_DECODES, CONTEXT = 64, 4, 1 << 15
+LESS, ENOUGH = 0.9, 0.5  # of the time that twice the ranks take; of the work that ranks get done
 COLOURS = {"tp": "C0", "tp, two chunks": "C4", "Ulysses": "C1", "ring": "C2", "qship": "C3", "pipeline": "C5"}
 STYLES = ("-", "--", ":")
 
@@ -154,9 +155,10 @@ def serve(ranks: int, seeds: Sequence[int], requests: int, rate: float) -> list[
             continue
         arrivals, _ = engine.generate_trace(options, tokenizer)
         timed = Timed(loop)
-        with loop:
-            records, _ = engine.serve(timed, arrivals, [])
-        trace = [plan.Arrival(each.at_s, len(each.generation.request.prompt), len(each.times)) for each in records]
+        with batching.Journal(None) as journal, loop:
+            records, _ = engine.serve(timed, arrivals, [], journal)
+        pairs = zip(arrivals, records, strict=True)
+        trace = [plan.Arrival(at_s, len(request.prompt), len(each.times)) for (at_s, request), each in pairs]
         found.append(Session(trace, [each.times for each in records], working.works, timed.seconds))
         progress(at + 1, len(seeds), f"sessions on {ranks} rank(s)")
     return None if group.rank() else found
@@ -295,7 +297,7 @@ def large(requests: int) -> tuple[float, plan.Simulation]:
 
 
 class Line(NamedTuple):
-    """One technique on one fabric: seconds of a step, or tokens a second of a rank, by ranks."""
+    """One technique on one fabric, by ranks: seconds of a step in strong scaling, efficiency in weak scaling."""
 
     model: str
     fabric: str
@@ -305,12 +307,16 @@ class Line(NamedTuple):
 
     @property
     def until(self) -> int:
-        """The number of ranks from which on it stops paying."""
+        """The number of ranks from which on it stops paying, or that it ends at."""
         sizes = sorted(self.points)
         if self.regime.startswith("weak"):
-            best = self.points[sizes[0]]
-            return max(p for p in sizes if self.points[p] >= 0.5 * best)
-        return next((p for p in sizes if 2 * p not in self.points or self.points[2 * p] > 0.9 * self.points[p]), 1)
+            return next((p for p, more in pairwise(sizes) if self.points[more] < ENOUGH), sizes[-1])
+        return next((p for p, more in pairwise(sizes) if self.points[more] > LESS * self.points[p]), sizes[-1])
+
+    @property
+    def ends(self) -> bool:
+        """Whether it pays as far as it goes: to all ranks, or to as many as the model has heads or layers for."""
+        return self.until == max(self.points)
 
 
 def fabrics() -> dict[str, plan.Hardware]:
@@ -345,33 +351,42 @@ def scaling(models: Sequence[str]) -> list[Line]:
         for fabric, hardware in fabrics().items():
             for what, technique, grid_of, ways in grids(least):
                 points: dict[str, dict[int, float]] = {"strong": {}, "weak": {}}
-                for p in SCALES:
-                    if p < least:
-                        continue
+                for p in (p for p in SCALES if p >= least):
                     try:
-                        costs = plan.Costs(model, hardware, grid_of(p), plan.Options(weight_itemsize=1, **ways))
+                        both = {regime: _point(model, hardware, grid_of, ways, what, regime, p) for regime in points}
                     except ValueError:  # fewer heads or layers than ranks
-                        continue
-                    for regime in points:
-                        points[regime][p] = _point(costs, what, regime, p)
+                        break
+                    for regime, value in both.items():
+                        points[regime][p] = value
                 found += [Line(name, fabric, f"{regime} {what}", technique, by) for regime, by in points.items() if by]
     return found
 
 
-def _point(costs: plan.Costs, what: str, regime: str, p: int) -> float:
-    """Seconds of the step in strong scaling; in weak scaling tokens a second of a rank."""
-    strong = regime == "strong"
+def _point(
+    model: plan.Model,
+    hardware: plan.Hardware,
+    grid_of: Callable[[int], plan.Grid],
+    ways: dict[str, Any],
+    what: str,
+    regime: str,
+    p: int,
+) -> float:
+    """Seconds of the step in strong scaling; in weak scaling, how well ranks are used.
+
+    That is, for prompts, beside the fewest ranks with the same prompt; for decodes, beside replicas of the fewest
+    ranks, each with its share of the requests.
+    """
+    least = LEAST_TP[model.name]
+    costs = plan.Costs(model, hardware, grid_of(p), plan.Options(weight_itemsize=1, **ways))
+    one = plan.Costs(model, hardware, plan.Grid(least), plan.Options(weight_itemsize=1))
     if what == "prompt":
-        tokens = STRONG_PROMPT if strong else WEAK_PROMPT * p
-        seconds = costs.seconds(costs.model.work([tokens]))
-    else:
-        requests = STRONG_DECODES if strong else WEAK_DECODES * p
-        ways = 1 if strong else costs.grid.pp  # weak: as many micro-batches as stages, one after another
-        each = max(1, requests // ways)
-        work = costs.model.work([1] * each, CONTEXT)
-        seconds = costs.seconds(work) if strong else costs.stage_seconds(work) * ways
-        tokens = each * ways
-    return seconds if strong else tokens / seconds / p
+        work = model.work([STRONG_PROMPT if regime == "strong" else WEAK_PROMPT * p])
+        return costs.seconds(work) if regime == "strong" else one.seconds(work) * least / costs.seconds(work) / p
+    if regime == "strong":
+        return costs.seconds(model.work([1] * STRONG_DECODES, CONTEXT))
+    ways_on = costs.grid.pp  # micro-batches take turns in as many stages
+    seconds = ways_on * costs.stage_seconds(model.work([1] * max(1, WEAK_DECODES * p // ways_on), CONTEXT))
+    return one.seconds(model.work([1] * (WEAK_DECODES * least), CONTEXT)) / seconds
 
 
 def picture(path: Path, lines: Sequence[Line], title: str) -> None:
@@ -394,9 +409,11 @@ def picture(path: Path, lines: Sequence[Line], title: str) -> None:
         cell.plot(line.until, line.points[line.until], "o", color=COLOURS[line.technique], markersize=3)
     for row, regime in zip(axes, regimes, strict=True):
         for cell, model in zip(row, models, strict=True):
-            cell.set(xscale="log", yscale="log", title=f"{model}, {regime}")
+            cell.set(
+                xscale="log", yscale="log" if regime.startswith("strong") else "linear", title=f"{model}, {regime}"
+            )
             cell.set_xlabel("ranks")
-            cell.set_ylabel("s" if regime.startswith("strong") else "tokens/s of a rank")
+            cell.set_ylabel("s" if regime.startswith("strong") else "efficiency")
             cell.title.set_fontsize(9)
     handles = [Line2D([], [], color=colour, label=name) for name, colour in COLOURS.items()]
     handles += [
@@ -428,14 +445,15 @@ def tables(compared: Sequence[Compared], seconds: float, found: plan.Simulation,
     text += ["```text", found.explain(), "```", ""]
     names = list(fabrics())
     text += [f"| regime | model | technique | {' | '.join(names)} |", f"|---|---|---|{'---:|' * len(names)}"]
-    by = {(line.regime, line.model, line.technique, line.fabric): line.until for line in lines}
+    by = {(line.regime, line.model, line.technique, line.fabric): _until(line) for line in lines}
     for regime, model, technique in dict.fromkeys(key[:3] for key in by):
-        cells = (
-            f"{by[regime, model, technique, name]:,}" if (regime, model, technique, name) in by else ""
-            for name in names
-        )
+        cells = (by.get((regime, model, technique, name), "") for name in names)
         text.append(f"| {regime} | {model} | {technique} | {' | '.join(cells)} |")
     return "\n".join(text)
+
+
+def _until(line: Line) -> str:
+    return f"{line.until:,}{' (end)' if line.ends else ''}"
 
 
 def main() -> None:

@@ -610,3 +610,34 @@ def test_bubbles_are_measured_on_two_stages(tmp_path: Path) -> None:
     names = {row["name"] for row in json.loads(outs[0].read_text())["rows"]}
     assert {"measured, Orca: bubbles of stage 1", "SARATHI ÷ Orca: bubbles, measured"} <= names
     assert "| 6.29x |" in outs[1].read_text() and outs[2].stat().st_size
+
+
+@pytest.fixture
+def simulate(common, monkeypatch: pytest.MonkeyPatch):
+    import simulate
+
+    return simulate
+
+
+def test_what_an_engines_step_has_to_do_by_hand(simulate) -> None:
+    """A decode over 9 keys, 3 tokens of a prompt behind 4, one of 1 token, which is none."""
+    assert simulate.work_of([1, 3, 1], [9, 7, 1], 2) == simulate.plan.StepWork(5, 3 * 4 + 6 + 1, 9, 7 + 1, 1, 2)
+
+
+def test_costs_are_fitted_where_they_are_sums(simulate) -> None:
+    """Of 1 + 2 a token + 3 a row, with nothing else to be seen: what is left out weighs nothing, or next to it."""
+    works = [simulate.plan.StepWork(n, pairs=n * n, rows=n % 3) for n in range(1, 40)]
+    rows = [simulate.features(work) for work in works]
+    weights = simulate.fit(rows, [1.0 + 2.0 * work.tokens + 3.0 * work.rows for work in works])
+    assert min(weights) >= 0
+    for row, work in zip(rows, works, strict=True):
+        assert simulate.dot(weights, row) == pytest.approx(1.0 + 2.0 * work.tokens + 3.0 * work.rows, rel=1e-3)
+
+
+def test_a_technique_pays_until_twice_the_ranks_save_little(simulate) -> None:
+    def line(regime: str, *points: float) -> object:
+        return simulate.Line("8B", "a fabric", regime, "tp", {1 << i: point for i, point in enumerate(points)})
+
+    assert (line("strong prompt", 8, 4, 3.7, 1).until, line("strong prompt", 8, 4, 3).until) == (2, 4)
+    assert (line("strong prompt", 8, 4, 3).ends, line("strong prompt", 8, 4, 3.7).ends) == (True, False)
+    assert (line("weak decode", 1, 0.6, 0.4, 0.7).until, line("weak decode", 1).until) == (2, 1)
