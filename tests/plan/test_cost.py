@@ -94,6 +94,27 @@ def test_chunks_take_turns_as_the_schedule_has_them(grid: Grid) -> None:
     assert cost(LLAMA, hardware, grid, *few, options=Options(overlap=Interleave(2))).hidden_s == 0
 
 
+def test_each_chunk_reads_the_keys_before_it() -> None:
+    """Where reading takes all the time: the second of two halves reads all keys, the first half of them."""
+    device = Accelerator("made up", 1e30, 1e9, 1, 1.0, 1.0)
+    hardware = one_tier(Machine(device, Fabric(1, 0.0, 1.0)))
+    whole, halves = (
+        cost(LLAMA, hardware, Grid(), [4096], options=Options(overlap=overlap)) for overlap in (None, Interleave(2))
+    )
+    read = 80 * 4096 * 2 * 8 * 128 * 2 / 1e9
+    weights = 80 * LLAMA.attention_parameters * 2 / 1e9 + LLAMA.mlp_parameters() * 2 / 1e9
+    assert next(part.seconds for part in whole.parts if part.name == "attention, prompts") == pytest.approx(read)
+    assert halves.total_s - whole.total_s == pytest.approx(read / 2 + weights)
+
+
+def test_ring_prompts_and_local_decodes_exchange_heads() -> None:
+    by_ring, by_heads = (
+        cost(LLAMA, HARDWARE["h100"], Grid(2, 4), [1] * 4, [99] * 4, options=o)
+        for o in (Options(prefill="ring"), Options())
+    )
+    assert by_ring.total_s == pytest.approx(by_heads.total_s) and by_ring.comm_s == pytest.approx(by_heads.comm_s)
+
+
 def test_a_shift_takes_the_layout_that_it_says() -> None:
     rule = Shift.threshold(256, Layout(1, 8))
     both, tp, sp = (

@@ -71,7 +71,7 @@ def test_parameters_are_the_published_ones(config: dict[str, Any], billions: flo
 
 def test_mixtures_are_where_the_config_says() -> None:
     assert Model.from_config(QWEN_MOE).moe_layers == 48
-    assert Model.from_config(QWEN_MOE | {"decoder_sparse_step": 2, "mlp_only_layers": [1, 2]}).moe_layers == 23
+    assert Model.from_config(QWEN_MOE | {"decoder_sparse_step": 2, "mlp_only_layers": [1, 3]}).moe_layers == 22
 
 
 def test_windows_are_where_the_config_says() -> None:

@@ -45,6 +45,29 @@ def test_predictions_are_as_written(paper: Any, written: list[Any]) -> None:
         )
 
 
+def test_a_pipeline_of_even_micro_batches_has_smaller_bubbles(paper: Any) -> None:
+    with own_errors():
+        found = paper.paper_pipeline.ratios(paper.ampere("a100"), 24)
+    assert found["bubble_reduction"] > 2 and found["speedup"] > 1
+    assert found["speedup"] == pytest.approx(found["speedup_over_tp"] * found["tp_over_pipeline_orca"])
+
+
+def test_capacities_keep_their_bounds(paper: Any) -> None:
+    """Lengths have the percentiles that are published; chunks serve more within the bound than whole prompts do."""
+    capacity, table = paper.paper_capacity, paper.read("sarathi-serve")
+    trace = table["traces"]["openchat_sharegpt4"]
+    sizes = capacity.lengths((1730, 5696), (415, 834), 1 << 30, 4000)
+    for at, (median, high) in enumerate((trace["prompt"], trace["output"])):
+        drawn = sorted(each[at] for each in sizes)
+        assert (drawn[2000], drawn[3600]) == pytest.approx((median, high), rel=0.06)
+    assert max(map(sum, capacity.lengths((1730, 5696), (415, 834), 8192, 400))) <= 8192
+    model = paper.Model.from_config(table["models"]["Mistral-7B"])
+    server = capacity.Server(paper.Costs(model, paper.ampere("a100"), paper.Grid()), 0.1)
+    with own_errors():
+        chunks, whole = (capacity.capacity(server, name, trace, 25) for name in ("Sarathi", "vLLM"))
+    assert chunks > 1.5 * whole
+
+
 def test_misses_have_reasons_and_medians_hold(paper: Any, written: list[Any]) -> None:
     for row in written:
         if row.predicted is not None and row.status != "fitted" and row.off > paper.MISS:
