@@ -260,7 +260,7 @@ def test_those_that_ran_go_on_in_their_order() -> None:
 
 def test_requests_go_where_tokens_are_fewest_now() -> None:
     """A long request that has ended weighs nothing: the third goes to its replica."""
-    found = served((0.0, 4, 9), (0.5, 4, 20), (12.0, 4, 1), fleet=Fleet(100, replicas=2))
+    found = served((0.0, 4, 9), (0.5, 1, 11), (10.0, 4, 1), fleet=Fleet(100, replicas=2))
     assert [row.replica for row in found.rows] == [0, 1, 0]
 
 
