@@ -20,9 +20,10 @@ from seqpar import comm, kernels
 from seqpar.kernels.attention import reference
 from seqpar.kernels.quantize import Wire, decode, encode
 from seqpar.kernels.spin import spin
+from seqpar.kernels.tile import placed_attention
 from seqpar.kv import PagedKV
 from seqpar.layers import ParallelDecoderLayer
-from seqpar.partition import HeadMap
+from seqpar.partition import HeadMap, Range
 from seqpar.ragged import RaggedBatch
 from tests import cuda_cases
 from tests.cuda_cases import CASES, inputs, link
@@ -66,6 +67,49 @@ def test_attention_is_as_exact_as_pytorchs(dtype: torch.dtype, window: int | Non
     out, lse = kernels.attention(q, k, v, batch, window=window)
     assert error(out, exact) <= 2 * error(plain, exact) + 1e-5
     assert error(lse, exact_lse) <= (2e-2 if dtype != torch.float32 else 1e-4)
+
+
+@compiles
+@pytest.mark.parametrize("dim", [64, 72, 128, 192, 256])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_attention_kernels_at_their_own_sizes(dtype: torch.dtype, dim: int) -> None:
+    """Tiles as they are launched: prompts, decodes of split keys, stripes, block lists."""
+    torch.manual_seed(0)
+    q_lens, kv_lens, size = (300, 1, 5, 70), (700, 2100, 33, 70), 48
+    pages = torch.randperm(80).tolist()
+    rows = [[pages.pop() for _ in range(-(-keys // size))] for keys in kv_lens]
+    batch = RaggedBatch.build(q_lens, kv_lens, rows, size, device="cuda")
+    q = torch.randn(sum(q_lens), 8, dim, device="cuda", dtype=dtype)
+    k, v = torch.randn(2, 80, size, 2, dim, device="cuda", dtype=dtype)
+    sinks = torch.randn(8, device="cuda")
+    for window in (None, 100):
+        for deterministic in (False, True):
+            options = {"window": window, "sinks": sinks}
+            exact = kernels.attention(q.double(), k.double(), v.double(), batch, backend="reference", **options)
+            plain = kernels.attention(q, k, v, batch, backend="reference", **options)
+            found = kernels.attention(q, k, v, batch, backend="triton", deterministic=deterministic, **options)
+            assert error(found[0], exact[0]) <= 2 * error(plain[0], exact[0]) + 1e-5
+            assert error(found[1], exact[1]) <= 1e-4
+    heads = (0,) * 4 + (1,) * 4
+    flat = [x.flatten(0, 1)[:700] for x in (k, v)]
+    at = torch.arange(700, device="cuda")
+    stripes = {"q_lens": (300,), "kv_lens": (700,), "positions": (at[:300] * 3 + 1, at * 2)}
+    rule = {**stripes, "softmax_scale": 0.1, "kv_head_of": heads, "window": 250}
+    exact = placed_attention(q[:300].double(), *(x.double() for x in flat), backend="reference", **rule)
+    plain = placed_attention(q[:300], *flat, backend="reference", **rule)
+    found = placed_attention(q[:300], *flat, backend="triton", **rule)
+    assert error(found[0], exact[0]) <= 2 * error(plain[0], exact[0]) + 1e-5
+    blocks = tuple(Range(start, start + 50) for start in range(0, 1400, 50))
+    lists = kernels.BlockLists((Range(0, 300), Range(300, 376)), blocks, (((0, 3, 9), (20,)), ((), (1, 2, 27))))
+    keys = [x.flatten(0, 2)[:1400] for x in (k, v)]
+    where = {"q_positions": torch.arange(376) * 2, "k_positions": torch.randperm(1400), "softmax_scale": 0.1}
+    exact = kernels.sparse_attention(
+        q.double(), *(x.double() for x in keys), lists, backend="reference", kv_head_of=heads, **where
+    )
+    plain = kernels.sparse_attention(q, *keys, lists, backend="reference", kv_head_of=heads, **where)
+    found = kernels.sparse_attention(q, *keys, lists, backend="triton", kv_head_of=heads, **where)
+    assert error(found[0], exact[0]) <= 2 * error(plain[0], exact[0]) + 1e-5
+    assert torch.equal(found[1] == -torch.inf, exact[1] == -torch.inf)
 
 
 @pytest.mark.parametrize("width", [40, 41])

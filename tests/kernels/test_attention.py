@@ -257,7 +257,7 @@ def test_inputs_of_any_strides() -> None:
 
 def test_the_choice_can_be_asked() -> None:
     assert choose_backend("attention", torch.device("cpu"), torch.float64) == "torch"
-    assert choose_backend("attention", torch.device("cuda"), torch.bfloat16) == "torch"
+    assert choose_backend("attention", torch.device("cuda"), torch.bfloat16) == "triton"
     assert choose_backend("attention", torch.device("cuda"), torch.float64) == "reference"
 
 
@@ -280,7 +280,13 @@ PAGES = torch.zeros(2, 4, 2, 8)
         (Q, K, K, {"kv_head_of": (0, 0, 1)}, r"`kv_head_of` must give each of 4 query heads one of 2 KV heads"),
         (Q, K, K, {"kv_head_of": (0, 0, 1, 2)}, r"non-decreasing, got \(0, 0, 1, 2\)"),
         (Q, K, K, {"kv_head_of": (1, 0, 0, 0)}, r"non-decreasing, got \(1, 0, 0, 0\)"),
-        (Q, K, K, {"backend": "fast"}, r'`backend` must be one of "auto", "torch", "reference", got \'fast\''),
+        (
+            Q,
+            K,
+            K,
+            {"backend": "fast"},
+            r'`backend` must be one of "auto", "torch", "reference", "triton", got \'fast\'',
+        ),
     ],
 )
 @own_errors()

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from seqpar.kernels import BlockLists, sparse_attention
-from seqpar.kernels.sparse import block_masses, decode_sketch, encode_sketch, sketch_bytes, smallest_cover
+from seqpar.kernels.sparse import decode_sketch, encode_sketch, sketch_bytes
 from seqpar.partition import Range
 from tests.kernels.own_errors import own_errors
 
@@ -130,33 +130,6 @@ def test_sketches_of_few_or_equal_keys(keys: int, spread: float) -> None:
     assert decode_sketch(scales, codes, 8).isfinite().all()
 
 
-@given(sizes=st.lists(st.integers(0, 4), min_size=1, max_size=5), seed=st.integers(0, 99))
-@settings(max_examples=20, deadline=None)
-def test_masses_are_sums_of_a_softmax(sizes: list[int], seed: int) -> None:
-    rng = torch.Generator().manual_seed(seed)
-    scores = torch.randn(3, 2, sum(sizes), generator=rng, dtype=torch.float64) * 3
-    scores = scores.masked_fill(torch.rand(scores.shape, generator=rng) < 0.2, -torch.inf)
-    rest = torch.randn(3, 2, 4, generator=rng, dtype=torch.float64)
-    found, base = block_masses(scores, rest.logsumexp(-1), ranges(sizes))
-    every = torch.cat([rest, scores], -1).softmax(-1)
-    expected = torch.stack([part.sum(-1) for part in every.split([4, *sizes], -1)], -1)
-    torch.testing.assert_close(base, expected[..., 0], rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(found, expected[..., 1:], rtol=1e-12, atol=1e-12)
-
-
-def test_the_smallest_cover() -> None:
-    mass = torch.tensor([[0.1, 0.3, 0.05, 0.15], [0.0, 0.0, 0.5, 0.1], [0.2, 0.2, 0.2, 0.2], [0.0, 0.0, 0.0, 0.0]])
-    base = torch.tensor([0.4, 0.4, 0.2, 1.0])
-    for coverage, expected in (
-        (0.39, ["....", "....", "x...", "...."]),
-        (0.6, [".x..", "..x.", "xx..", "...."]),
-        (0.84, [".x.x", "..x.", "xxxx", "...."]),
-        (0.99, ["xxxx", "..xx", "xxxx", "...."]),
-    ):
-        chosen = smallest_cover(mass, base, coverage)
-        assert ["".join(".x"[int(some)] for some in row) for row in chosen.tolist()] == expected
-
-
 def test_refusals() -> None:
     with own_errors():
         with pytest.raises(ValueError, match="`lists` must have an entry for each of 1 blocks of queries, each of as"):
@@ -175,4 +148,4 @@ def test_refusals() -> None:
         with pytest.raises(ValueError, match="`kv_head_of` must give each of 1 query heads one of 1 KV heads, got"):
             sparse_attention(q, k, k, lists, **(rule | {"kv_head_of": (1,)}))
         with pytest.raises(ValueError, match="`backend` must be one of"):
-            sparse_attention(q, k, k, lists, **rule, backend="triton")
+            sparse_attention(q, k, k, lists, **rule, backend="cuda")

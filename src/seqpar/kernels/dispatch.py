@@ -19,7 +19,10 @@ __all__ = ["Backend", "choose_backend", "kernel_op", "refuse_dtype", "unknown_ba
 
 Backend = Literal["auto", "torch", "reference", "triton"]
 
-TRITON_OPS = frozenset({"columns", "norm_rotary", "quantize", "rms_norm", "rotary", "rows", "swiglu"})
+TRITON_OPS = frozenset(
+    {"attention", "blocks", "merge", "placed", "sparse"}
+    | {"columns", "norm_rotary", "quantize", "rms_norm", "rotary", "rows", "swiglu"}
+)
 """Operations for which Triton is what `"auto"` means on a GPU."""
 
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -34,7 +37,7 @@ def choose_backend(op: str, device: torch.device, dtype: torch.dtype) -> Literal
     """
     if op in TRITON_OPS and device.type in TRITON_DEVICES and dtype in TRITON_DTYPES and _has_triton():
         return "triton"
-    if op == "attention" and device.type == "cuda" and dtype == torch.float64:
+    if op in ("attention", "placed", "sparse", "tile") and device.type == "cuda" and dtype == torch.float64:
         return "reference"
     return "torch"
 

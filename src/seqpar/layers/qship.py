@@ -411,10 +411,14 @@ class QShipDecodeAttention(UlyssesAttention):
     def _unpack_partial(self, rows: Tensor, like: Partial) -> Partial:
         """Rows of `_pack_partial` as `out` and LSE, in the dtypes of `like`."""
         width = self.head_dim if self.wire is None else encoded_width(self.head_dim, self.wire)
-        out, mass = rows[:, :width], rows[:, width:].clone(memory_format=torch.contiguous_format)
+        out, dtype = rows[:, :width], like[1].dtype
+        if rows.shape[1] * rows.itemsize % dtype.itemsize:
+            mass = rows[:, width:].clone(memory_format=torch.contiguous_format).view(dtype)[:, 0]
+        else:  # in place: the last column of the rows as numbers of that size
+            mass = rows.view(dtype)[:, -1]
         if self.wire is not None:
             out = decode(out.contiguous(), self.head_dim, like[0].dtype, self.wire)
-        return out, mass.view(like[1].dtype).squeeze(-1)
+        return out, mass
 
     def _plan(self, batch: RaggedBatch, tail: Tail | None, kv: StripedKV, blocks: tuple[_Block, ...]) -> _Plan:
         queries = batch if tail is None else tail.batch

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from seqpar.kernels.attention import pytorch, reference
-from seqpar.kernels.dispatch import Backend, choose_backend, unknown_backend
+from seqpar.kernels.dispatch import Backend, choose_backend, unknown_backend, wants_grad
 from seqpar.kernels.merge.sinks import check_sinks
 from seqpar.ragged import RaggedBatch
 
@@ -53,11 +53,16 @@ def attention(
             memory-efficient operator instead of FlashAttention.
         deterministic: On a CPU, compute a request's new tokens in blocks of 64, so that chunks cut at multiples of 64
             give the bits of all at once (`is_cut_invariant`). Prompts of 512 and 2048 tokens take 0.8 and 1.25 times
-            as long as otherwise (16 / 4 heads of 64; one Xeon core, November 2026).
-        backend: "torch" (fused operators), "reference" (the definition), or "auto", see `choose_backend`.
+            as long as otherwise (16 / 4 heads of 64; one Xeon core, November 2026). With backend="triton" prompts are
+            so in any case; decodes have their keys split every 1024, not as suits the batch, and then do not depend on
+            other requests.
+        backend: "torch" (fused operators), "triton" (on a GPU, without gradients), "reference" (the definition), or
+            "auto", see `choose_backend`: of the first two the one for the device, "torch" where a gradient is wanted.
 
     Raises:
-        ValueError: shapes, dtypes, devices, the window, the head map or the sinks contradict each other.
+        ValueError: shapes, dtypes, devices, the window, the head map or the sinks contradict each other; with
+            "triton", what its kernels do not take: another dtype than float32, bfloat16 and float16, a head_dim above
+            256 or that is no multiple of 16 bytes, rows that are not aligned to as many, pages that are not there.
     """
     key = ("attention", q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, window, kv_head_of)
     heads: tuple[int, ...] | None = batch.plans.get(key)
@@ -65,17 +70,24 @@ def attention(
         heads = batch.plans[key] = _check(q, k, v, batch, window, kv_head_of)
     if sinks is not None:
         check_sinks(sinks, q)
+    grad = wants_grad(q, k, v, *(() if sinks is None else (sinks,)))
     if backend == "auto":
         backend = choose_backend("attention", q.device, q.dtype)
+        backend = "torch" if grad and backend == "triton" else backend
     if not heads or not batch.num_tokens:
         return _nothing(q, k, v, sinks)
     scale = q.shape[2] ** -0.5 if softmax_scale is None else softmax_scale
     options: dict[str, Any] = {"softmax_scale": scale, "window": window, "kv_head_of": heads, "sinks": sinks}
+    if backend == "triton":
+        from seqpar.kernels.attention import launch
+
+        launch.check(q, k, v, batch, softmax_scale=scale, grad=grad)
+        return launch.attention(q, k, v, batch, deterministic=deterministic, **options)
     if backend == "torch":
         return pytorch.attention(q, k, v, batch, deterministic=deterministic, **options)
     if backend == "reference":
         return reference.attention(q, k, v, batch, **options)
-    raise unknown_backend(backend)
+    raise unknown_backend(backend, "triton")
 
 
 def _nothing(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:

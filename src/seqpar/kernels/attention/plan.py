@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby, pairwise
 from typing import NamedTuple
 
 from seqpar.ragged import RaggedBatch
 
-__all__ = ["Group", "HeadRun", "head_runs", "make_groups"]
+__all__ = ["Group", "HeadRun", "head_runs", "make_groups", "make_tiles"]
 
 
 class HeadRun(NamedTuple):
@@ -73,6 +73,17 @@ def make_groups(batch: RaggedBatch, window: int | None) -> tuple[Group, ...]:
         else:
             groups[-1] = joined
     return tuple(groups)
+
+
+def make_tiles(
+    q_lens: Sequence[int], kv_lens: Sequence[int], requests: Iterable[int], ratio: int, rows: int
+) -> list[tuple[int, int]]:
+    """Tiles of so many rows, `ratio` of them a token, of some requests: (request, number), those of most keys first."""
+    found = []
+    for request in requests:
+        new, old = q_lens[request], max(0, kv_lens[request] - q_lens[request])
+        found += [(old + (at + rows) // ratio, request, at // rows) for at in range(0, new * ratio, rows)]
+    return [(request, number) for _, request, number in sorted(found, key=lambda tile: -tile[0])]
 
 
 def _requests(batch: RaggedBatch, window: int | None) -> Iterator[Group]:

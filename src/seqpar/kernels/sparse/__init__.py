@@ -8,25 +8,9 @@ from torch import Tensor
 from seqpar.kernels.dispatch import Backend, choose_backend, unknown_backend
 from seqpar.kernels.sparse import pytorch, reference
 from seqpar.kernels.sparse.plan import BlockLists
-from seqpar.kernels.sparse.select import (
-    block_masses,
-    block_means,
-    decode_sketch,
-    encode_sketch,
-    sketch_bytes,
-    smallest_cover,
-)
+from seqpar.kernels.sparse.select import decode_sketch, encode_sketch, sketch_bytes
 
-__all__ = [
-    "BlockLists",
-    "block_masses",
-    "block_means",
-    "decode_sketch",
-    "encode_sketch",
-    "sketch_bytes",
-    "smallest_cover",
-    "sparse_attention",
-]
+__all__ = ["BlockLists", "decode_sketch", "encode_sketch", "sketch_bytes", "sparse_attention"]
 
 
 def sparse_attention(
@@ -59,7 +43,7 @@ def sparse_attention(
         softmax_scale: Factor on the scores.
         kv_head_of: KV head that each query head reads, non-decreasing.
         window: Positions that a query sees, its own included; None for all before it.
-        backend: See `kernels.attention`.
+        backend: See `kernels.attention`, whose bounds "triton" has here too.
 
     Raises:
         ValueError: shapes, dtypes or lists contradict each other.
@@ -79,10 +63,25 @@ def sparse_attention(
         raise ValueError(
             f"`kv_head_of` must give each of {q.shape[1]} query heads one of {heads} KV heads, got {kv_head_of}"
         )
-    backend = choose_backend("attention", q.device, q.dtype) if backend == "auto" else backend
+    backend = choose_backend("sparse", q.device, q.dtype) if backend == "auto" else backend
     rule = q_positions, k_positions, softmax_scale, kv_head_of, window
+    if backend == "triton":
+        from seqpar.kernels.attention import launch
+        from seqpar.kernels.sparse import triton
+
+        launch.check_heads(q, k, v, softmax_scale=softmax_scale)
+        _check_rows(lists, len(q), len(k))
+        return triton.sparse_attention(q, k, v, lists, *rule)
     if backend == "torch":
         return pytorch.sparse_attention(q, k, v, lists, *rule)
     if backend == "reference":
         return reference.sparse_attention(q, k, v, lists, *rule)
-    raise unknown_backend(backend)
+    raise unknown_backend(backend, "triton")
+
+
+def _check_rows(lists: BlockLists, queries: int, keys: int) -> None:
+    """Refuse blocks that a device would read past its memory for."""
+    for name, blocks, count in (("rows", lists.rows, queries), ("keys", lists.keys, keys)):
+        ends = max((block.stop for block in blocks), default=0)
+        if ends > count or any(block.start < 0 for block in blocks):
+            raise ValueError(f"`lists.{name}` must lie in the {count} that there are, got {blocks}")

@@ -1,4 +1,4 @@
-"""What keys are like in two bits a number, and which blocks of them carry how much of a softmax.
+"""What keys are like in two bits a number.
 
 A sketch is meant to rank keys by their scores, not to attend to. It has two bits for each number of a key, spent in
 coordinates in which the scores vary independently: keys are turned so that their covariance, as queries weigh it, is
@@ -14,13 +14,12 @@ from heapq import heapify, heappop, heappush
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from seqpar.kernels.quantize import decode, encode, encoded_width
-from seqpar.partition import Range
 
-__all__ = ["block_masses", "block_means", "decode_sketch", "encode_sketch", "sketch_bytes", "smallest_cover"]
+__all__ = ["decode_sketch", "encode_sketch", "sketch_bytes"]
 
 REACH = (1.6, 1.99, 2.34, 2.68, 3.01, 3.33, 3.65, 3.95)
 """In standard deviations, the half width of the best uniform quantiser of 1 to 8 bits for a normal distribution."""
@@ -125,47 +124,3 @@ def _pack_bits(bits: Tensor) -> UInt8[Tensor, "n bytes"]:
     """[n, bits] as whole bytes, filled up with zeros."""
     eights: Tensor = F.pad(bits, (0, -bits.shape[1] % 8)).unflatten(1, (-1, 8))
     return (eights << torch.arange(8, device=bits.device)).sum(-1).to(torch.uint8)
-
-
-def block_masses(
-    scores: Float[Tensor, "*rows n"], so_far: Float[Tensor, "*rows"], blocks: Sequence[Range]
-) -> tuple[Float[Tensor, "*rows b"], Float[Tensor, "*rows"]]:
-    """The share of a softmax that each of consecutive blocks of keys has, and what was there before.
-
-    Args:
-        scores: of all keys, which the blocks tile; -inf for those that are not seen.
-        so_far: log-sum-exp of the other keys, finite.
-        blocks: which keys lie together.
-    """
-    every = torch.logaddexp(so_far, scores.logsumexp(-1))
-    shares = (scores - every[..., None]).exp()
-    sizes = torch.tensor([block.size for block in blocks], device=scores.device)
-    of = torch.arange(len(blocks), device=scores.device).repeat_interleave(sizes, output_size=scores.shape[-1])
-    found = shares.new_zeros(*shares.shape[:-1], len(blocks)).index_add_(-1, of, shares)
-    return found, (so_far - every).exp()
-
-
-def block_means(x: Float[Tensor, "n *rest"], blocks: Sequence[Range]) -> Float[Tensor, "b *rest"]:
-    """The mean of each of consecutive blocks that tile x, in at least float32."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    sizes = torch.tensor([block.size for block in blocks], device=x.device)
-    of = torch.arange(len(blocks), device=x.device).repeat_interleave(sizes, output_size=len(x))
-    sums = wide.new_zeros(len(blocks), *x.shape[1:]).index_add_(0, of, wide)
-    return sums / sizes.view(-1, *[1] * (x.dim() - 1))
-
-
-def smallest_cover(
-    mass: Float[Tensor, "*rows b"], base: Float[Tensor, "*rows"], coverage: float
-) -> Bool[Tensor, "*rows b"]:
-    """The fewest blocks of each row that raise its mass to the coverage of all: the largest ones, none that have none.
-
-    Args:
-        mass: of each block.
-        base: what the row has in any case.
-        coverage: share of base and all blocks together.
-    """
-    largest, order = mass.sort(dim=-1, descending=True, stable=True)
-    before = base[..., None] + largest.cumsum(-1) - largest
-    wanted = coverage * (base + mass.sum(-1))[..., None]
-    chosen = (before < wanted) & (largest > 0)
-    return torch.zeros_like(chosen).scatter(-1, order, chosen)

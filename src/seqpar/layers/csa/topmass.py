@@ -40,16 +40,9 @@ from torch import Tensor
 
 from seqpar import comm
 from seqpar.comm import Steps
+from seqpar.kernels.blocks import block_masses, block_means, smallest_cover
 from seqpar.kernels.quantize import decode, encode, encoded_width
-from seqpar.kernels.sparse import (
-    block_masses,
-    block_means,
-    decode_sketch,
-    encode_sketch,
-    sketch_bytes,
-    smallest_cover,
-    sparse_attention,
-)
+from seqpar.kernels.sparse import decode_sketch, encode_sketch, sketch_bytes, sparse_attention
 from seqpar.layers.csa.core import CSAAttention, CSAResult, Policy, attend_own
 from seqpar.layers.csa.cut import EVERYTHING, Cut, cut_keys, kept, positions_of, query_blocks, request_lists
 from seqpar.layers.ring import CachedKV
