@@ -641,3 +641,12 @@ def test_a_technique_pays_until_twice_the_ranks_save_little(simulate) -> None:
     assert (line("strong prompt", 8, 4, 3.7, 1).until, line("strong prompt", 8, 4, 3).until) == (2, 4)
     assert (line("strong prompt", 8, 4, 3).ends, line("strong prompt", 8, 4, 3.7).ends) == (True, False)
     assert (line("weak decode", 1, 0.6, 0.4, 0.7).until, line("weak decode", 1).until) == (2, 1)
+
+
+@pytest.mark.slow
+def test_kernels_are_checked_on_a_cpu() -> None:
+    """Every case of the benchmark, at a tiny size, in Triton's interpreter."""
+    script = [sys.executable, BENCHMARKS / "kernels.py", "--device", "cpu"]
+    ran = subprocess.run(script, capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0, ran.stderr
+    assert "every kernel gives what its definition gives" in ran.stdout

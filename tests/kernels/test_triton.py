@@ -21,13 +21,14 @@ from seqpar.kernels.columns import KEY, OTHER, QUERY, ColumnPlan, pack_columns, 
 from seqpar.kernels.dispatch import choose_backend
 from seqpar.kernels.quantize import Wire, decode, decode_sum, encode, recode_sum
 from seqpar.kernels.rows import Span, append_rows, copy_spans
+from seqpar.kernels.rows import triton as rows_in_triton
 from tests.kernels import interpreter  # noqa: F401  puts bfloat16 right
 from tests.kernels.own_errors import own_errors
 from tests.kernels.test_quantize import numbers
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 EPS = 1e-5
-few = settings(max_examples=5, deadline=None)
+few = settings(max_examples=4, deadline=None)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 wires = pytest.mark.parametrize("wire", ["int8", "fp8"])
 
@@ -136,7 +137,7 @@ def test_swiglu(dtype: torch.dtype, blocks: list[int], tokens: int) -> None:
     n=st.integers(0, 200) | st.sampled_from([32, 64, 96, 128]),
     exponents=st.sampled_from([(-3, 3), (-149, -120), (-126, 126), (120, 128), (10, 17)]),
 )
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=4, deadline=None)
 def test_wire_formats_are_those_of_the_definition_byte_for_byte(
     wire: Wire, dtype: torch.dtype, seed: int, rows: int, n: int, exponents: tuple[int, int]
 ) -> None:
@@ -167,6 +168,16 @@ def test_sums_of_parts_wherever_they_lie(wire: Wire, own: int | None, rows: int,
         assert torch.equal(recode_sum(parts, n, dtype, wire, backend="triton"), data)
     scattered = [part.clone() for part in parts]
     assert torch.equal(decode_sum(scattered, n, dtype, wire, backend="triton"), want)
+
+
+def test_every_8_bit_float_and_what_lies_between() -> None:
+    """Also the smallest, which a random row has none of beside its largest number."""
+    codes = torch.arange(127).to(torch.uint8).view(torch.float8_e4m3fn).float()
+    between = (codes[1:] + codes[:-1]) / 2
+    near = torch.stack([between, between * (1 - 2**-20), between * (1 + 2**-20), codes[1:]], 1).flatten()
+    x = torch.cat([near, -near]).view(-1, 63)
+    x = torch.cat([x, torch.full((len(x), 1), 448.0)], 1)
+    assert torch.equal(encode(x, "fp8", backend="triton"), encode(x, "fp8", backend="reference"))
 
 
 @wires
@@ -276,6 +287,23 @@ def test_spans_are_copied_as_one_after_another(
     assert torch.equal(*found)
 
 
+@pytest.mark.parametrize(
+    ("spans", "in_place", "apart"),
+    [
+        ([(0, 4, 2), (6, 8, 2)], True, True),
+        ([(0, 4, 2), (5, 8, 2)], True, False),  # reads the last row that the first writes
+        ([(3, 4, 1), (4, 6, 1)], True, False),
+        ([(0, 4, 2), (5, 8, 2)], False, True),
+        ([(0, 4, 2), (6, 5, 1)], False, False),
+        ([(0, 4, 2), (0, 6, 2)], True, True),
+        ([(4, 4, 2), (0, 2, 2)], True, True),
+    ],
+)
+def test_spans_are_one_launch_where_their_order_does_not_matter(spans: list[Span], in_place: bool, apart: bool) -> None:
+    """The interpreter runs one program after another, and would not show it."""
+    assert rows_in_triton._apart(spans, in_place=in_place) == apart
+
+
 # Gradients, and what PyTorch sees of a kernel.
 
 ENTRIES: dict[str, tuple[Callable[..., Any], list[Tensor]]] = {
@@ -339,6 +367,19 @@ def test_all_compile_into_one_graph() -> None:
     with own_errors():  # the checker of shapes is no part of the library, and breaks graphs
         got = torch.compile(every_entry, fullgraph=True, backend="aot_eager")(*inputs)
     torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
+def test_all_are_exported_whole() -> None:
+    class Both(torch.nn.Module):
+        def forward(self, x: Tensor, weight: Tensor) -> Tensor:
+            return swiglu(add_rms_norm(x, x, weight, EPS, backend="triton")[0], (4,), backend="triton")
+
+    inputs = (torch.randn(3, 8), torch.randn(8))
+    with own_errors():
+        exported = torch.export.export(Both(), inputs)
+    called = {str(node.target) for node in exported.graph.nodes if node.op == "call_function"}
+    assert {"seqpar.add_rms_norm.default", "seqpar.swiglu.default"} <= called
+    torch.testing.assert_close(exported.module()(*inputs), Both()(*inputs), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(
