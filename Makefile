@@ -23,7 +23,7 @@ TORCHRUN := OMP_NUM_THREADS=1 $(BIN)/torchrun --nnodes=1 --rdzv-backend=c10d --r
   --local-addr=127.0.0.1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench kernels paper peers clean
+.PHONY: help setup demo test soak lint bench kernels paper peers clean
 
 help:  ## what there is
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
@@ -50,6 +50,9 @@ lint: $(STAMP)  ## format, lint, types, layering
 test: lint  ## what CI runs: lint, then the fast tests
 	@echo "test: pytest"
 	@$(BIN)/python -m pytest -q -m 'not slow and not gpu'
+
+soak: $(STAMP)  ## random histories of the loop over requests: 10,000 steps, four ranks (minutes)
+	@$(BIN)/python -m pytest -q -s tests/batching/test_master.py
 
 bench: $(STAMP)  ## quick benchmarks on this machine (minutes); peers that are not installed are listed
 	@for name in layers overlap phases wire shift csa kv decode batching simulate pipeline paper_overlap paper_shift paper_long; do name=benchmarks/$$name.py; \

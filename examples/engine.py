@@ -58,7 +58,7 @@ class Sample(NamedTuple):
     kv: float
 
 
-Arrivals, Records, Samples = list[tuple[float, Request]], list[Record], list[Sample]
+Arrivals, Records, Samples = list[tuple[float, Request, str]], list[Record], list[Sample]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -73,8 +73,8 @@ def main(arguments: list[str] | None = None) -> int:
     stepper = seqpar.hf.Stepper(model, num_pages=options.pages, page_size=options.page_size)
     budget = Budget(options.max_tokens, options.max_requests, options.admission)
     how = {"policy": POLICIES[options.policy](options), "budget": budget, "preemption": options.preemption}
-    how |= {"vocab_size": stepper.vocab_size, "text": tokenizer.decode, "lead": group}
-    loop = TemporalFusion(stepper, stepper.kv, **how)
+    how |= {"vocab_size": stepper.vocab_size, "share_prefixes": options.share_prefixes}
+    loop = TemporalFusion(stepper, stepper.kv, **how, text=tokenizer.decode, lead=group)
     if group.rank():
         loop.follow()
         return 0
@@ -85,7 +85,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"refused: {message}", file=sys.stderr)
     if options.out:
         write_answers(options.out, journal, tokenizer)
-    print(table(options, records, samples, len(refused)))
+    print(table(options, records, samples, len(refused), loop.reused))
     if options.plot:
         plot(options.plot, records, samples)
     return 1 if refused else 0
@@ -100,7 +100,7 @@ def serve(loop: TemporalFusion, arrivals: Arrivals, refused: list[str], journal:
     while queue or loop.live:
         now = time.perf_counter() - start
         while queue and queue[0][0] <= now:
-            at_s, request = queue.popleft()
+            at_s, request, where = queue.popleft()
             try:
                 if request.id in records:
                     raise ValueError(f"`id` must be of no other request, got {request.id!r} again")
@@ -108,7 +108,7 @@ def serve(loop: TemporalFusion, arrivals: Arrivals, refused: list[str], journal:
                     loop.add(rest)
                 records[request.id] = Record(at_s, [])
             except (ValueError, TypeError) as error:  # of this one alone
-                refused.append(str(error))
+                refused.append(f"{where}{error}")
         if not loop.live:
             time.sleep(min(max(0.0, queue[0][0] - now), 0.05) if queue else 0.0)
             continue
@@ -122,8 +122,7 @@ def serve(loop: TemporalFusion, arrivals: Arrivals, refused: list[str], journal:
         samples.append(Sample(now, len(loop.running), len(loop.waiting), tokens, kv))
         if sys.stderr.isatty() and now - shown > 0.1:
             shown = now
-            done = len(records) - len(loop.live)
-            line = f"{done}/{total} done, {samples[-1].running} running, {samples[-1].waiting} waiting"
+            line = f"{len(records) - len(loop.live)}/{total} done, {len(loop.running)} run, {len(loop.waiting)} wait"
             print(f"\r{now:6.1f} s  {line}, cache {kv:4.0%}, {tokens} tokens a step\033[K", end="", file=sys.stderr)
     if shown:
         print("\r\033[K", end="", file=sys.stderr)
@@ -133,22 +132,24 @@ def serve(loop: TemporalFusion, arrivals: Arrivals, refused: list[str], journal:
 def read_jsonl(options: argparse.Namespace, tokenizer: Any) -> tuple[Arrivals, list[str]]:
     """The requests of a file, and what is wrong with the lines that are none."""
     arrivals, bad = [], []
-    for number, line in enumerate(options.jsonl.read_text().splitlines(), 1):
+    for number, line in enumerate(options.jsonl.read_bytes().splitlines(), 1):
+        where = f"{options.jsonl}:{number}: "
         try:
             if line.strip():
-                arrivals.append(parse_line(json.loads(line), number, tokenizer, options.new_tokens))
-        except (ValueError, TypeError) as error:
-            bad.append(f"{options.jsonl}:{number}: {error}")
+                arrivals.append((*parse_line(json.loads(line), number, tokenizer, options.new_tokens), where))
+        except (ValueError, TypeError, OverflowError, RecursionError) as error:
+            bad.append(f"{where}{error}")
     return arrivals, bad
 
 
 def parse_line(content: Any, number: int, tokenizer: Any, new_tokens: int) -> tuple[float, Request]:
-    """The request of one line, and when it comes; TypeError or ValueError where it is none."""
-    if not isinstance(content, dict) or "prompt" not in content:
-        raise ValueError("a line must be an object with a `prompt`, got something else")
-    prompt = content.pop("prompt")
-    ids = tokenizer(prompt).input_ids if isinstance(prompt, str) else prompt
+    """The request of one line, and when it comes; TypeError, ValueError or OverflowError where it is none."""
+    if not isinstance(content, dict) or not isinstance(content.get("prompt"), str | list):
+        raise ValueError("a line must be an object with a `prompt` (text or token ids), got something else")
+    ids = tokenizer(prompt).input_ids if isinstance(prompt := content.pop("prompt"), str) else prompt
     at_s, name, stop = float(content.pop("at_s", 0.0)), content.pop("id", number), content.pop("stop", [])
+    if not 0 <= at_s < float("inf"):
+        raise ValueError(f"`at_s` must be finite and at least 0, got {at_s}")
     options = {key: content.pop(key) for key in ("top_k", "seed") if key in content}
     options |= {key: float(content.pop(key)) for key in ("temperature", "top_p") if key in content}
     new, stop = content.pop("max_new_tokens", new_tokens), [stop] if isinstance(stop, str) else stop
@@ -164,8 +165,7 @@ def generate_trace(options: argparse.Namespace, tokenizer: Any) -> tuple[Arrival
     arrivals, now = Arrivals(), 0.0
     for number in range(options.requests):
         start, length = draw.randrange(len(text) // 2), draw.randint(1, options.prompt_tokens)
-        new = draw.randint(1, options.new_tokens)
-        arrivals.append((now, Request(number, (text[start:] + text)[:length], new)))
+        arrivals.append((now, Request(number, (text[start:] + text)[:length], draw.randint(1, options.new_tokens)), ""))
         now += draw.expovariate(options.rate)
     return arrivals, []
 
@@ -177,7 +177,7 @@ def write_answers(path: Path, journal: Journal, tokenizer: Any) -> None:
             file.write(json.dumps({"id": name, "finish": journal.finish[name], **answer}) + "\n")
 
 
-def table(options: argparse.Namespace, records: Records, samples: Samples, refused: int) -> str:
+def table(options: argparse.Namespace, records: Records, samples: Samples, refused: int, reused: int) -> str:
     """What was measured, for people."""
     seconds, new = samples[-1].at_s if samples else 0.0, sum(len(record.times) for record in records)
     lines = [f"tp={options.tp} sp={options.sp} {options.policy}: {len(records)} served, {refused} refused"]
@@ -185,10 +185,9 @@ def table(options: argparse.Namespace, records: Records, samples: Samples, refus
     for name, values in latencies(records).items():
         cells = torch.tensor(values or [0.0]).mul(1e3).quantile(torch.tensor([0.5, 0.9, 0.99, 1.0]))
         lines.append(f"{name:>6} " + " ".join(f"{cell:9.1f}" for cell in cells.tolist()))
-    rows = sum(sample.tokens for sample in samples)
-    steps = f"{len(samples)} steps of {rows / max(1, len(samples)):.1f} tokens on average"
-    lines.append(f"{new / max(seconds, 1e-9):,.1f} tokens/s generated; {steps}")
-    lines.append(f"cache at most {max((sample.kv for sample in samples), default=0.0):.0%} of {options.pages} pages")
+    rows, most = sum(each.tokens for each in samples) / max(1, len(samples)), max([0.0, *[each.kv for each in samples]])
+    lines.append(f"{new / max(seconds, 1e-9):,.1f} tokens/s; {len(samples)} steps of {rows:.1f} tokens on average")
+    lines.append(f"cache at most {most:.0%} of {options.pages} pages; {reused} tokens found in it")
     return "\n".join(lines)
 
 
@@ -238,6 +237,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--page-size", type=int, default=16)
     add("--admission", choices=("whole", "known"), default="whole")
     add("--preemption", choices=("recompute", "swap"), default="recompute")
+    add("--share-prefixes", action="store_true", help="begin on what the cache has of equal beginnings")
     add("--requests", type=int, default=32, help="of the trace")
     add("--rate", type=float, default=20.0, help="arrivals a second")
     add("--prompt-tokens", type=int, default=200, help="at most")

@@ -7,6 +7,8 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import redirect_stderr
+from io import StringIO
 from pathlib import Path
 
 import pytest
@@ -67,14 +69,16 @@ def test_the_trace_of_two_chunks(tmp_path: Path) -> None:
     assert (tmp_path / "trace.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def serves(rank: int, p: int, folder: str) -> int:
-    """The engine, in a process that has torch already."""
+def serves(rank: int, p: int, folder: str) -> tuple[int, str]:
+    """The engine, in a process that has torch already: how it ends, and what it complains of."""
     spec = importlib.util.spec_from_file_location("engine", ROOT / "examples" / "engine.py")
     assert spec is not None and spec.loader is not None
     engine = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(engine)
     given = ["--sp", str(p), "--shift", "8", "--pages", "8", "--jsonl", f"{folder}/requests.jsonl"]
-    return engine.main([*given, "--out", f"{folder}/answers.jsonl", "--plot", f"{folder}/engine.png"])
+    given += ["--share-prefixes", "--out", f"{folder}/answers.jsonl", "--plot", f"{folder}/engine.png"]
+    with redirect_stderr(StringIO()) as complaints:
+        return engine.main(given), complaints.getvalue()
 
 
 def test_the_engine_serves_all_but_bad_lines(tmp_path: Path) -> None:
@@ -87,10 +91,25 @@ def test_the_engine_serves_all_but_bad_lines(tmp_path: Path) -> None:
         '{"prompt": [5, 99999]}',
         '{"prompt": [5, 6, 7], "max_new_tokens": 3, "temperature": 1, "top_k": 20, "at_s": 0.01, "stop": "never"}',
         '{"prompt": [1, 2], "max_new_tokens": 5000}',
+        '{"prompt": "\u2028 is no end of a line", "max_new_tokens": 2, "id": "b"}',
+        '{"prompt": [5], "at_s": Infinity}',
+        '{"prompt": [5], "temperature": 1' + "0" * 400 + "}",
+        '{"prompt": [5], "stop": 3}',
+        '{"prompt": 5}',
+        '{"prompt": ' + "[" * 100_000,
+        "[" * 10,
+        '{"prompt": "caf\udce9"}',  # a byte that is no UTF-8
     ]
-    (tmp_path / "requests.jsonl").write_text("\n".join(lines))
-    assert run_ranks(2, serves, str(tmp_path)) == [1, 0]
+    (tmp_path / "requests.jsonl").write_text("\n".join(lines), errors="surrogateescape")
+    (code, complaints), (other, _) = run_ranks(2, serves, str(tmp_path))
+    assert (code, other) == (1, 0)
+    refused = [2, 3, 4, 5, 7, 9, 10, 11, 12, 13, 14, 15]
+    found = {int(line.split(":")[2]): line for line in complaints.splitlines() if line.startswith("refused: ")}
+    assert sorted(found) == refused, "each with its line"
+    assert "`id` must be of no other request, got 'a' again" in found[4]
+    assert "`at_s` must be finite and at least 0, got inf" in found[9] and "got something else" in found[12]
     answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
     served = {each["id"]: (each["finish"], len(each["tokens"])) for each in answers}
-    assert served == {"a": ("length", 4), 6: ("length", 3)}
+    assert served == {"a": ("length", 4), 6: ("length", 3), "b": ("length", 2)}
+    assert all("text" in each for each in answers)
     assert (tmp_path / "engine.png").read_bytes()[:4] == b"\x89PNG"

@@ -1,16 +1,13 @@
-"""The loop over a toy model: any policy, arrivals, cancellations, preemptions and pages give a request's own tokens."""
+"""The loop over a toy model, case by case; what any history of it gives is in `test_master`."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from seqpar import comm
-from seqpar.batching import Budget, Emitted, FullHybrid, Generation, Request, Sampling, StallFree, TemporalFusion, share
-from tests.batching.test_compose import MAKE
+from seqpar.batching import Budget, Emitted, FullHybrid, Request, Sampling, StallFree, TemporalFusion, share
 from tests.batching.toy import VOCAB, Toy, alone, text, toy_cache
 from tests.kernels.own_errors import own_errors
 from tests.ranks import run_mesh
@@ -35,75 +32,6 @@ def loop_of(num_pages: int = 40, page_size: int = 4, **options: Any) -> Temporal
     kv = toy_cache(num_pages, page_size)
     options = {"policy": StallFree(8), "budget": Budget(8, 6), "text": text, **options}
     return TemporalFusion(Toy(kv), kv, vocab_size=VOCAB, **options)
-
-
-whole = st.integers
-arrivals = st.lists(
-    st.tuples(whole(0, 6), whole(1, 10), whole(1, 12), whole(0, 4), st.none() | whole(1, 12)), min_size=1, max_size=6
-)
-
-
-@settings(max_examples=60)
-@given(
-    plan=arrivals,
-    name=st.sampled_from(sorted(MAKE)),
-    page_size=whole(1, 5),
-    more_pages=whole(0, 3),
-    max_tokens=whole(1, 12),
-    max_requests=whole(1, 6),
-    admission=st.sampled_from(["known", "whole"]),
-    preemption=st.sampled_from(["recompute", "swap"]),
-    compaction=st.sampled_from(["none", "tail", "window", "stable"]),
-)
-def test_any_mixture_gives_a_request_its_own_tokens(
-    plan: list[tuple[int, int, int, int, int | None]],
-    name: str,
-    page_size: int,
-    more_pages: int,
-    max_tokens: int,
-    max_requests: int,
-    admission: Any,
-    preemption: Any,
-    compaction: Any,
-) -> None:
-    wanted = [request_of(number, prompt, new, way) for number, (_, prompt, new, way, _) in enumerate(plan)]
-    most = max(-(-each.most_cached // page_size) for each in wanted)
-    budget = Budget(max_tokens, max_requests, admission)
-    options: dict[str, Any] = {"preemption": preemption, "compaction": compaction}
-    loop = loop_of(most + more_pages, page_size, policy=MAKE[name](), budget=budget, **options)
-    model: Any = loop._model
-    added: list[Generation] = []
-    cancelled: set[int] = set()
-    emitted: list[Emitted] = []
-    number = 0
-    while number < 7 or loop.live:
-        for request, (when, _, _, _, until) in zip(wanted, plan, strict=True):
-            if when == number:
-                added.append(loop.add(request))
-            if until == number and request.id in loop.live:
-                cancelled.add(number_of(request))
-                loop.cancel(request.id)
-        before = loop.steps
-        emitted += loop.step()
-        assert model.calls == loop.steps <= before + 1, "one forward, whatever the mix"
-        check(loop)
-        number += 1
-    for generation in added:
-        request = generation.request
-        tokens, finish = alone(request)
-        if generation.finish == "cancelled":
-            assert request.id in cancelled and generation.tokens == tokens[: len(generation.tokens)]
-        else:
-            assert (generation.tokens, generation.finish) == (tokens, finish)
-        mine = [each for each in emitted if each.id == request.id]
-        assert [each.token for each in mine if each.token is not None] == generation.tokens, "streamed as they come"
-        assert [each.finish for each in mine if each.finish] == [generation.finish]
-    assert not loop.kv.ids and loop.kv.free_pages == loop.kv.num_pages, "nothing leaks"
-
-
-def number_of(request: Request) -> int:
-    assert isinstance(request.id, int)
-    return request.id
 
 
 def check(loop: TemporalFusion) -> None:
@@ -169,12 +97,12 @@ def test_a_model_that_fails_leaves_everything_as_it_was() -> None:
         check(loop)
         model.fails = False
         loop.step()
-    words, loop._text = loop._text, lambda tokens: str(1 // 0)
+    words, loop.text = loop.text, lambda tokens: str(1 // 0)
     stopped = loop.add(request_of(9, 4, 5, 2))
     with pytest.raises(ZeroDivisionError):
         list(stopped)
     check(loop)
-    loop._text = words
+    loop.text = words
     for generation in (*generations, stopped):
         assert list(generation) == alone(generation.request)[0]
 
@@ -229,6 +157,66 @@ def test_a_stop_string_is_found_across_tokens_and_not_before() -> None:
     assert list(found) == tokens[:first] and found.finish == "stop_string"
 
 
+def test_text_is_told_as_it_is_decided() -> None:
+    """What may begin a stop string waits, in one request and not in others; tokens that complete one are kept."""
+    loop = loop_of()
+    request = request_of(4, 6, 40, 0)
+    tokens = alone(request)[0]
+    stop = text(tokens[17:20])
+    end = text(tokens).index(stop)
+    stopped = loop.add(Request(4, request.prompt, 40, stop_strings=[stop, stop[1:] + "zzz"]))
+    plain = loop.add(Request("plain", request.prompt, 40))
+    pieces = []
+    for piece in stopped.texts():
+        pieces.append(piece)
+        assert text(stopped.tokens).startswith("".join(pieces)) and len("".join(pieces)) <= end
+    assert "".join(pieces) == stopped.text == text(tokens)[:end] and stopped.finish == "stop_string"
+    assert stopped.tokens == tokens[: end + 3]
+    assert "".join(plain.texts()) == plain.text == text(tokens) and list(plain.texts()) == [plain.text]
+    cancelled = loop.add(Request(5, request.prompt, 40, stop_strings=[text(tokens[5:8])]))
+    while len(cancelled.tokens) < 7:
+        loop.step()
+    assert cancelled.text == text(tokens[:5]), "two letters of three"
+    loop.cancel(5)
+    loop.step()
+    assert cancelled.text == text(tokens[:7])
+    ended = loop.add(Request(6, request.prompt, 40, stop_tokens=[tokens[3]]))
+    assert "".join(ended.texts()) == text(tokens[: tokens.index(tokens[3])]), "a stop token says nothing"
+    assert ended.tokens[-1] == tokens[3]
+    wordless = loop_of(text=None).add(request_of(1, 3, 3, 0))
+    with pytest.raises(ValueError, match="`text` must be given to the loop for the text of a request"):
+        next(wordless.texts())
+
+
+def test_that_a_request_was_cancelled_is_said_after_a_step_that_failed() -> None:
+    loop = loop_of()
+    model: Any = loop._model
+    generations = [loop.add(request_of(i, 5, 6, 0)) for i in range(2)]
+    loop.step()
+    loop.cancel(0)
+    model.fails = True
+    with pytest.raises(RuntimeError, match="the model failed"):
+        loop.step()
+    model.fails = False
+    assert generations[0].finish == "cancelled" and loop.live == (1,)
+    assert loop.step()[0] == Emitted(0, None, "cancelled")
+    assert list(generations[1]) == alone(generations[1].request)[0]
+
+
+def test_a_policy_that_fails_leaves_everything_as_it_was() -> None:
+    loop = loop_of()
+    loop.add(request_of(0, 5, 6, 0))
+    loop.step()
+    late = loop.add(request_of(1, 5, 6, 0))
+    loop.cancel(0)
+    policy, loop.policy = loop.policy, object()  # type: ignore[assignment]
+    with own_errors(), pytest.raises(AttributeError, match="fill"):
+        loop.step()
+    loop.policy = policy
+    assert loop.step()[0] == Emitted(0, None, "cancelled")
+    assert list(late) == alone(late.request)[0] and not loop.live
+
+
 def led(mesh: comm.DeviceMesh) -> tuple[list[tuple[Any, Any]], int, int]:
     """Only rank 0 knows of the requests."""
     group = comm.groups(mesh).flat
@@ -245,6 +233,8 @@ def led(mesh: comm.DeviceMesh) -> tuple[list[tuple[Any, Any]], int, int]:
     else:
         with loop:
             generations = [loop.add(request_of(i, 3 + 4 * i, 6, i)) for i in range(4)]
+            with own_errors(), pytest.raises(ValueError, match="`id` must be equal to its copy on another rank"):
+                loop.add(Request(object(), [1], 1))
             for _ in range(5):
                 loop.step()
                 steps.append(loop.latest)

@@ -52,6 +52,16 @@ def test_no_other_row_matters() -> None:
     assert together[0] == int(logits[0].argmax())
 
 
+def test_parameters_at_their_bounds() -> None:
+    """What passes the checks never fails in a step, where it would take others with it."""
+    logits = torch.tensor([[1.0, 3.0, -torch.inf, 2.9]])
+    for temperature in (5e-324, 1e-300, 1e308):
+        for top_k, top_p in ((None, 1.0), (10**400, 5e-324), (1, 1.0)):
+            how = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=(1 << 64) - 1)
+            (token,) = sample(logits, [how], [10**6])
+            assert token in ((1,) if temperature < 1 or top_k is not None else (0, 1, 3))
+
+
 def test_uniform_numbers_are_spread_and_do_not_repeat() -> None:
     values = torch.tensor([uniform(seed, number) for seed in range(60) for number in range(60)], dtype=torch.float64)
     assert values.unique().numel() == 3600 and values.min() >= 0 and values.max() < 1
@@ -64,6 +74,8 @@ def test_uniform_numbers_are_spread_and_do_not_repeat() -> None:
     [
         ({"temperature": -1.0}, "`temperature` must be finite and >= 0, got -1.0; 0 is greedy"),
         ({"temperature": float("nan")}, "`temperature` must be finite"),
+        ({"temperature": 10**400}, "`temperature` must be finite"),
+        ({"top_p": float("nan")}, "`top_p` must be in"),
         ({"top_k": 0}, "`top_k` must be at least 1, got 0"),
         ({"top_p": 0.0}, r"`top_p` must be in \(0, 1\], got 0.0"),
         ({"top_p": 1.1}, "`top_p` must be in"),
@@ -82,6 +94,7 @@ def test_parameters_out_of_range(options: dict[str, object], message: str) -> No
         ({"prompt": [1, -2]}, "`prompt` must hold token ids >= 0, got -2"),
         ({"max_new_tokens": 0}, "`max_new_tokens` must be at least 1, got 0 for request 'a'"),
         ({"stop_strings": ["x", ""]}, "`stop_strings` must not be empty texts"),
+        ({"id": float("nan")}, "`id` must equal itself, got nan"),
     ],
 )
 def test_requests_that_are_none(options: dict[str, object], message: str) -> None:
@@ -94,7 +107,14 @@ def test_requests_that_are_none(options: dict[str, object], message: str) -> Non
     [
         (lambda: Sampling(seed=1.5), "`top_k` and `seed` must be integers, got None and 1.5"),  # type: ignore[arg-type]
         (lambda: Sampling(top_k=2.5), "got 2.5 and 0"),  # type: ignore[arg-type]
+        (lambda: Sampling(temperature="1"), "`temperature` and `top_p` must be numbers, got '1'"),  # type: ignore[arg-type]
+        (lambda: Sampling(top_p=None), "must be numbers, got 0.0 and None"),  # type: ignore[arg-type]
         (lambda: Request(["a"], [1], 1), "`id` must be hashable, got list"),  # type: ignore[arg-type]
+        (lambda: Request((["a"],), [1], 1), "`id` must be hashable, got tuple"),
+        (lambda: Request("a", 5, 1), "`prompt` must be a list, got int for request 'a'"),  # type: ignore[arg-type]
+        (lambda: Request("a", [1], 1, stop_strings="ab"), "`stop_strings` must be a list, got str"),
+        (lambda: Request("a", [1], 1, stop_tokens=7), "`stop_tokens` must be a list, got int"),  # type: ignore[arg-type]
+        (lambda: Request("a", [1], 1, stop_tokens=["b"]), "`stop_tokens` must be integers"),  # type: ignore[list-item]
         (lambda: Request("a", [1, 2.0], 1), "`prompt` and `max_new_tokens` must be integers"),  # type: ignore[list-item]
         (lambda: Request("a", [1], 2.5), "must be integers, got others for request 'a'"),  # type: ignore[arg-type]
         (lambda: Request("a", [1], 2, stop_strings=[3]), "`stop_strings` must be texts"),  # type: ignore[list-item]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -53,7 +53,7 @@ class Toy:
         return logits_after([int(token) for token in seen])
 
 
-def alone(request: Request) -> tuple[list[int], str]:
+def alone(request: Request, say: Callable[[Sequence[int]], str] = text) -> tuple[list[int], str]:
     """What a request generates by itself, and why it ends; stop strings looked for in the whole text."""
     known, tokens = list(request.prompt), list[int]()
     while True:
@@ -62,7 +62,7 @@ def alone(request: Request) -> tuple[list[int], str]:
         tokens.append(token)
         if token in request.stop_tokens:
             return tokens, "stop_token"
-        if any(stop in text(tokens) for stop in request.stop_strings):
+        if any(stop in say(tokens) for stop in request.stop_strings):
             return tokens, "stop_string"
         if len(tokens) == request.max_new_tokens:
             return tokens, "length"

@@ -27,6 +27,7 @@ from seqpar.batching.pipeline import PipelineFusion, StageFunction
 from seqpar.batching.requests import Progress, Request, Sampling
 from seqpar.batching.sampling import sample, uniform
 from seqpar.batching.sharing import share
+from seqpar.batching.words import Words
 
 __all__ = [
     "Admission",
@@ -56,6 +57,7 @@ __all__ = [
     "Step",
     "StepFunction",
     "TemporalFusion",
+    "Words",
     "compose",
     "sample",
     "share",

@@ -313,12 +313,12 @@ class Draft:
         missing = each.tokens - each.scheduled
         if (whole and missing > left and self._chunks) or not self._may_join(each):
             return 0
-        chunk = min(missing, left, self._free * self.room.page_size - each.scheduled)
+        chunk = min(missing, left, (self._free + each.shared) * self.room.page_size - each.scheduled)
         if chunk < 1:
             return 0
         self._admitted.append(each.id)
         self.running.append(each)
-        self._grant(each, chunk, held=0)
+        self._grant(each, chunk, held=each.shared)
         return chunk
 
     def _grant(self, each: Progress, tokens: int, *, held: int) -> None:
@@ -333,9 +333,10 @@ class Draft:
             self._capacity = self.room.free_pages + held
             self._promised = sum(map(self._promise, self.running))
         spare = self._budget.spare_pages if self.running else 0
-        if self._promised + self._promise(each) + spare > self._capacity:
+        need = self._promise(each) - each.shared
+        if self._promised + need + spare > self._capacity:
             return False
-        self._promised += self._promise(each)
+        self._promised += need
         return True
 
     def _promise(self, each: Progress) -> int:
@@ -353,7 +354,10 @@ class Draft:
                 return 0
 
     def _preempt_newer(self, each: Progress) -> bool:
-        """Let the newest request give its pages back, unless it is this one, or is in flight."""
+        """Let the newest request give its pages back, unless it is this one, or is in flight.
+
+        None that the step admits: it joins only where those that run have room for all their known tokens.
+        """
         newest = self.running[-1]
         if newest is each or newest.computed != newest.scheduled:
             return False
@@ -365,7 +369,7 @@ class Draft:
             self._decoding.remove(newest)
             taken = 1
         self.tokens_left += taken
-        self._free += self.room.pages(newest.scheduled + taken)
+        self._free += self.room.pages(newest.scheduled + taken) - newest.shared
         self._preempted.append(newest.id)
         return True
 

@@ -127,14 +127,15 @@ class PipelineFusion(TemporalFusion):
             held = self._hold_back()
             orders = self._orders()
             self._leaving = held
-            emitted += self._leave(orders.leaving)
+            self._leave(orders.leaving)
             if orders.plan.ids:
                 self._rearrange(orders.plan)
                 self._begin(orders.plan)
                 began = True
         if self._flights and not (began and self.queue.is_ready):
             self._compute()
-            emitted += self._end()
+            emitted = self._end()
+        emitted, self._left = self._left + emitted, []
         return tuple(emitted)
 
     def close(self) -> None:
@@ -205,9 +206,7 @@ class PipelineFusion(TemporalFusion):
         for handle in flight.sent:
             handle.wait()
         self.queue.complete()
-        chosen = [
-            (token, each.finish_with(token, self._text)) for each, token in zip(flight.ready, tokens, strict=True)
-        ]
+        chosen = [each.go_on(token, self.text) for each, token in zip(flight.ready, tokens, strict=True)]
         emitted = self._deal(flight.ready, chosen)
         self._leaving = [request for request in self._leaving if request in self._live]
         return emitted

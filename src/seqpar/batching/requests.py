@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Sequence
+from collections.abc import Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass
-from math import inf
+from sys import float_info
 from types import NoneType
 
 __all__ = ["Progress", "Request", "Sampling"]
@@ -24,7 +24,7 @@ class Sampling:
         seed: of this request.
 
     Raises:
-        TypeError: a `top_k` or a seed that is no integer.
+        TypeError: a `top_k` or a seed that is no integer, others that are no numbers.
         ValueError: a parameter out of range.
     """
 
@@ -36,7 +36,9 @@ class Sampling:
     def __post_init__(self) -> None:
         if not isinstance(self.seed, int) or not isinstance(self.top_k, (int, NoneType)):
             raise TypeError(f"`top_k` and `seed` must be integers, got {self.top_k!r} and {self.seed!r}")
-        if not 0 <= self.temperature < inf:
+        if not isinstance(self.temperature, (int, float)) or not isinstance(self.top_p, (int, float)):
+            raise TypeError(f"`temperature` and `top_p` must be numbers, got {self.temperature!r} and {self.top_p!r}")
+        if not 0 <= self.temperature <= float_info.max:
             raise ValueError(f"`temperature` must be finite and >= 0, got {self.temperature}; 0 is greedy")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"`top_k` must be at least 1, got {self.top_k}; leave it out to draw among all tokens")
@@ -56,14 +58,15 @@ class Request:
         max_new_tokens: the most tokens to generate.
         sampling: how they are drawn.
         stop_tokens: tokens after which the request is finished; they are part of its output.
-        stop_strings: texts after which it is finished; the tokens that complete one are part of its output.
+        stop_strings: texts after which it is finished; the tokens that complete one are part of its output, but none of
+            its text (`Generation.text`).
         generated: tokens of its output that are there already, from a loop that has ended; the next is drawn as that
             loop would have drawn it.
 
     Raises:
         TypeError: an id that is not hashable, tokens or their number that are no integers, stop strings that are none.
-        ValueError: an empty prompt, no tokens to generate, negative token ids, an empty stop string; generated tokens
-            that have reached the most, or a stop token.
+        ValueError: an empty prompt, no tokens to generate, negative token ids, an empty stop string, an id that does
+            not equal itself; generated tokens that have reached the most, or a stop token.
     """
 
     id: Hashable
@@ -75,6 +78,8 @@ class Request:
     generated: Sequence[int] = ()
 
     def __post_init__(self) -> None:
+        self._check_id()
+        self._check_lists()
         object.__setattr__(self, "prompt", tuple(self.prompt))
         object.__setattr__(self, "stop_tokens", frozenset(self.stop_tokens))
         object.__setattr__(self, "stop_strings", tuple(self.stop_strings))
@@ -94,12 +99,27 @@ class Request:
                 f"{len(self.generated)} for request {self.id!r}; it has ended"
             )
 
+    # Refused now is what would raise in the middle of a step, with others beside it.
+
+    def _check_id(self) -> None:
+        try:
+            hash(self.id)
+        except TypeError:
+            raise TypeError(f"`id` must be hashable, got {type(self.id).__name__}") from None
+        if self.id != self.id:
+            raise ValueError(f"`id` must equal itself, got {self.id!r}")
+
+    def _check_lists(self) -> None:
+        for name in ("prompt", "stop_tokens", "stop_strings"):
+            given = getattr(self, name)
+            if isinstance(given, str) or not isinstance(given, Iterable):
+                raise TypeError(f"`{name}` must be a list, got {type(given).__name__} for request {self.id!r}")
+
     def _check_types(self) -> None:
-        """Refuse now what would raise in the middle of a step, with others beside it."""
-        if not isinstance(self.id, Hashable):
-            raise TypeError(f"`id` must be hashable, got {type(self.id).__name__}")
         if not all(isinstance(token, int) for token in (*self.known, self.max_new_tokens)):
             raise TypeError(f"`prompt` and `max_new_tokens` must be integers, got others for request {self.id!r}")
+        if not all(isinstance(token, int) for token in self.stop_tokens):
+            raise TypeError(f"`stop_tokens` must be integers, got others for request {self.id!r}")
         if not all(isinstance(stop, str) for stop in self.stop_strings):
             raise TypeError(f"`stop_strings` must be texts, got others for request {self.id!r}")
 
@@ -128,6 +148,9 @@ class Progress:
         scheduled: of the tokens, those that steps have been given so far.
         computed: of them, those whose keys are in the cache.
         served: number of the last step that it took part in.
+        shared: of the pages that its scheduled tokens take, those that an older request holds too, so that it takes
+            none for them and gives none back; of one that waits, those that it will share. It is looked at where
+            requests join and where they give way, and may be out of date elsewhere.
     """
 
     id: Hashable
@@ -136,3 +159,4 @@ class Progress:
     scheduled: int = 0
     computed: int = 0
     served: int = -1
+    shared: int = 0

@@ -56,9 +56,10 @@ def _draw(logits: Float[Tensor, "n v"], how: Sequence[Sampling], numbers: Sequen
     def column(values: Sequence[float]) -> Float[Tensor, "n 1"]:
         return torch.tensor(values, dtype=torch.float64, device=logits.device)[:, None]
 
-    scaled = logits.double() / column([each.temperature for each in how])
+    below = logits.double() - logits.amax(-1, keepdim=True)  # so that no temperature makes the largest infinite
+    scaled = below / column([each.temperature for each in how])
     ordered, tokens = scaled.sort(dim=-1, descending=True, stable=True)
-    most = column([float(each.top_k or vocab) for each in how])
+    most = column([float(min(each.top_k or vocab, vocab)) for each in how])
     ordered = ordered.masked_fill(torch.arange(vocab, device=logits.device) >= most, -torch.inf)
     share = ordered.softmax(-1)
     before = share.cumsum(-1) - share

@@ -186,6 +186,27 @@ class PagedKV:
         """Pages of a request, in order."""
         return tuple(self._get(request).pages)
 
+    def holders(self, page: int) -> int:
+        """How many requests hold a page."""
+        return self._allocator.holders(page)
+
+    def given_back(self, requests: Sequence[Hashable]) -> tuple[int, ...]:
+        """How many pages each of some requests would give back, were they freed in this order.
+
+        A page of several comes back with the last of those that hold it.
+
+        Raises:
+            ValueError: a request is not held, or is named twice.
+        """
+        if len(set(requests)) != len(requests):
+            raise ValueError(f"`requests` must be distinct, got {list(requests)}")
+        left, given = Counter[int](), []
+        for request in requests:
+            pages = self._get(request).pages
+            left.update(pages)
+            given.append(sum([left[page] == self._allocator.holders(page) for page in pages]))
+        return tuple(given)
+
     def wanted(self, q_lens: Mapping[Hashable, int]) -> int:
         """How many free pages room for that many more tokens of each request takes: what `reserve` would take.
 
@@ -334,6 +355,10 @@ class PagedKV:
         if new in self._requests:
             raise ValueError(f"`new` must not be held yet, got {new!r}; free it first, or `select`")
         self.select({new: request})
+
+    def find(self, keys: Iterable[bytes]) -> tuple[int, ...]:
+        """The pages of the first ones of some `page_keys`, up to the first that is not here."""
+        return tuple([page for _, page in self._here(keys)])
 
     def reusable(self, tokens: Sequence[int], *, salt: bytes = b"") -> int:
         """How many of the tokens `reuse` would find."""
@@ -597,14 +622,19 @@ class PagedKV:
     def _found(self, tokens: Sequence[int], salt: bytes) -> _Request:
         """A request with those of its tokens that are here, at least one being left to compute."""
         pages, keys = array("i"), []
-        for key in page_keys(tokens, self.page_size, salt):
-            page = self._allocator.find(key)
-            if page is None:
-                break
+        for key, page in self._here(page_keys(tokens, self.page_size, salt)):
             pages.append(page)
             keys.append(key)
         length = max(0, min(len(pages) * self.page_size, len(tokens) - 1))
         return _Request(self.version, pages[: self._pages_for(length)], length, keys[: length // self.page_size])
+
+    def _here(self, keys: Iterable[bytes]) -> Iterator[tuple[bytes, int]]:
+        """The first keys and their pages, up to a key that has none."""
+        for key in keys:
+            page = self._allocator.find(key)
+            if page is None:
+                return
+            yield key, page
 
     def _forget_keys(self) -> None:
         """Let no page be found by its tokens any more."""
