@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from hypothesis import strategies as st
 
 from seqpar import comm
 from seqpar.batching import Budget, Emitted, FullHybrid, Request, Sampling, StallFree, TemporalFusion, share
@@ -32,6 +33,17 @@ def loop_of(num_pages: int = 40, page_size: int = 4, **options: Any) -> Temporal
     kv = toy_cache(num_pages, page_size)
     options = {"policy": StallFree(8), "budget": Budget(8, 6), "text": text, **options}
     return TemporalFusion(Toy(kv), kv, vocab_size=VOCAB, **options)
+
+
+whole = st.integers
+arrivals = st.lists(
+    st.tuples(whole(0, 6), whole(1, 10), whole(1, 12), whole(0, 4), st.none() | whole(1, 12)), min_size=1, max_size=6
+)
+
+
+def number_of(request: Request) -> int:
+    assert isinstance(request.id, int)
+    return request.id
 
 
 def check(loop: TemporalFusion) -> None:
