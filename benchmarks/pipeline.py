@@ -10,11 +10,11 @@ stage to the last (`plan.measured_pipeline`); the host's own work between micro-
 these times alone would leave. What the measured ones have beyond that is the host's and the messages'.
 
 *Predicted*: the paper's GPT-3 on 64 A100s. Composed are the steps that this library would run, by `compose` and
-`MicroBatchQueue`; their times are the roofline of `plan.step_seconds`. Nothing is fitted to the paper's results.
-Assumed are, besides the accelerator's rates, the way of activations between servers, the reading of Zipf (the shortest
-length is the likeliest), that all requests are there at the start, that a batch of 27 is one micro-batch's (8 of them
-in flight: 27 x 8 requests of 4K tokens have 65 GB of keys on each GPU, about what the weights leave), and that GPT-3's
-two-matrix MLP costs what a gated one with as many weights does. Embedding and head are left out.
+`MicroBatchQueue`; their times are the cost model's (`plan.Costs`), whose rates are assumed, not measured. Nothing is
+fitted to the paper's results. Assumed are besides: the reading of Zipf (the shortest length is the likeliest), that all
+requests are there at the start, that a batch of 27 is one micro-batch's, 8 of them being in flight (27 x 8 requests of
+4K tokens have 65 GB of keys on each GPU, about what the weights leave), that prompts of Orca's batches are never cut,
+and that embedding and head cost every stage what they cost one (up to 3 % of a step).
 """
 
 from __future__ import annotations
@@ -53,9 +53,8 @@ from seqpar.batching import (
     TemporalFusion,
     compose,
 )
-from seqpar.comm import LINK_PRESETS, Handle, Steps
-from seqpar.partition import Layout
-from seqpar.plan import Accelerator, Fabric, Machine, ModelShape, PipelineTimes, StepWork
+from seqpar.comm import Handle, Steps
+from seqpar.plan import Costs, Grid, Model, ModelShape, PipelineTimes, StepWork
 from seqpar.ragged import RaggedBatch
 
 HERE = Path(__file__).parent
@@ -76,22 +75,7 @@ PROMPTS, RATIO = (80, 400), 10  # tokens of a prompt; prompts and outputs as the
 CHUNK = RATIO * (BATCH - 1)  # prompts then carry all decodes
 MEASURED = {"SARATHI": DecodeMaximal(CHUNK), "Orca": FullHybrid()}
 
-# Predicted. The rates of products and attention are the library's for the A800, which is an A100 with slower links.
-_A800 = plan.MACHINES["a800-x8"].accelerator
-_LINK = LINK_PRESETS["a100-dgx-8"]
-A100 = Machine(
-    Accelerator(
-        "A100 80GB",
-        312e12,
-        2.039e12,
-        108,
-        _A800.gemm_efficiency,
-        _A800.attention_efficiency,
-        source=_A800.source,
-    ),
-    Fabric(8, _LINK.alpha_s, _LINK.bytes_per_s, source="Vidur's measurements (arXiv:2405.05465)"),
-)
-SEND_ALPHA_S, SEND_BYTES_PER_S = 20e-6, 25e9  # assumed: a 200 Gb/s adapter for each GPU, between servers
+A100 = plan.HARDWARE["a100"]  # servers of 8, InfiniBand between them
 
 
 class Served(NamedTuple):
@@ -132,7 +116,7 @@ def requests_of(count: int, seed: int = 0) -> list[Request]:
     """Prompts out of this file's own text, of random lengths; outputs in proportion."""
     from transformers import AutoTokenizer
 
-    text = AutoTokenizer.from_pretrained(CHECKPOINT)(Path(__file__).read_text()).input_ids
+    text = AutoTokenizer.from_pretrained(CHECKPOINT)(Path(__file__).read_text()[:15000]).input_ids
     draw, found = random.Random(seed), []
     for number in range(count):
         length, start = draw.randint(*PROMPTS), draw.randrange(len(text))
@@ -261,15 +245,18 @@ def composed(lengths: Sequence[tuple[int, int]], policy: Policy, batch: int, dep
 
 
 def work_of(step: Step, running: dict[Any, Progress]) -> StepWork:
-    """Tokens, pairs of prompts, and keys that decodes read."""
-    pairs = cached = 0
+    """What a step has to do: decodes read their keys, prompts meet theirs, and some are done with their last token."""
+    pairs = keys = cached = rows = 0
     for place, (request, new) in enumerate(step.items):
-        keys = running[request].scheduled + new
+        each = running[request]
+        seen = each.scheduled + new
+        rows += seen == each.tokens
         if place < step.num_decodes:
-            cached += keys
+            cached += seen
         else:
-            pairs += (keys * (keys + 1) - (keys - new) * (keys - new + 1)) // 2
-    return StepWork(step.num_tokens, pairs=pairs, cached=cached)
+            keys += seen
+            pairs += (seen * (seen + 1) - (seen - new) * (seen - new + 1)) // 2
+    return StepWork(step.num_tokens, pairs, cached, keys, decodes=step.num_decodes, rows=rows)
 
 
 class Predicted(NamedTuple):
@@ -280,23 +267,23 @@ class Predicted(NamedTuple):
     times: PipelineTimes | None
 
 
-def shape_of(layers: int) -> ModelShape:
-    """GPT-3, with the width of a gated MLP that has as many weights as its own of two matrices."""
+def costs_of(layers: int) -> Costs:
+    """Of so many layers of GPT-3, whose MLP has two matrices, on the 8 ranks of a server."""
     config = PUBLISHED["model"]
-    return ModelShape.from_config(
-        {**config, "num_hidden_layers": layers, "intermediate_size": config["intermediate_size"] * 2 // 3}
-    )
+    shape = ModelShape.from_config({**config, "num_hidden_layers": layers})
+    return Costs(Model(shape, config["vocab_size"], gated=False, name="GPT-3"), A100, Grid(PUBLISHED["tp"]))
 
 
 def staged(lengths: Sequence[tuple[int, int]], policy: Policy) -> Predicted:
     """TP8 x PP8."""
     stages, batch = PUBLISHED["stages"], PUBLISHED["batch"]["TP8 x PP8"]
-    shape = shape_of(PUBLISHED["model"]["num_hidden_layers"] // stages)
+    costs = costs_of(PUBLISHED["model"]["num_hidden_layers"] // stages)
     found = composed(lengths, policy, batch, stages)
-    layout = Layout(PUBLISHED["tp"], 1)
-    seconds = [plan.step_seconds(shape, A100, layout, work) for work in found.works]
-    sends = [SEND_ALPHA_S + 2 * work.tokens * shape.hidden_size / SEND_BYTES_PER_S for work in found.works]
-    times = plan.pipeline([[each] * stages for each in seconds], stages, sends=sends, back_s=SEND_ALPHA_S)
+    seconds = [costs.seconds(work) for work in found.works]
+    row = 2 * PUBLISHED["model"]["hidden_size"]  # bytes of a token, which each rank hands over as it holds it
+    sends = [A100.message_s(work.tokens * row, PUBLISHED["tp"]) for work in found.works]
+    back_s = A100.message_s(0, PUBLISHED["tp"])
+    times = plan.pipeline([[each] * stages for each in seconds], stages, sends=sends, back_s=back_s)
     bubbles = [0.0] * len(lengths)
     for ids, gap in zip(found.ids, times.gaps_s, strict=True):
         for request in ids:
@@ -307,9 +294,9 @@ def staged(lengths: Sequence[tuple[int, int]], policy: Policy) -> Predicted:
 def replicated(lengths: Sequence[tuple[int, int]], policy: Policy) -> Predicted:
     """8 x TP8: eight copies of the model, each with an eighth of the requests; the last to end counts."""
     copies, batch = PUBLISHED["stages"], PUBLISHED["batch"]["8 x TP8"]
-    shape, layout = shape_of(PUBLISHED["model"]["num_hidden_layers"]), Layout(PUBLISHED["tp"], 1)
+    costs = costs_of(PUBLISHED["model"]["num_hidden_layers"])
     totals = [
-        sum(plan.step_seconds(shape, A100, layout, work) for work in composed(mine, policy, batch, 1).works)
+        sum(costs.seconds(work) for work in composed(mine, policy, batch, 1).works)
         for mine in (lengths[copy::copies] for copy in range(copies))
     ]
     return Predicted(max(totals), [], None)
@@ -353,8 +340,10 @@ def predicted_rows(found: dict[str, Predicted]) -> list[Row]:
 
 
 def tables(rows: Sequence[Row], found: dict[str, Predicted]) -> str:
-    """Two tables: measured, and predicted beside published."""
-    lines = ["| measured on two stages | value | 95 % interval |", "|---|---:|:---:|"]
+    """Measured, and predicted beside published."""
+    lines = ["Two stages: not measured yet."]
+    if rows:
+        lines = ["| measured on two stages | value | 95 % interval |", "|---|---:|:---:|"]
     for row in rows:
         interval = f"{row.interval[0]:.2f} to {row.interval[1]:.2f}" if row.interval else ""
         lines.append(f"| {row.name} | {row.value:.3g} {row.unit} | {interval} |")
@@ -396,7 +385,7 @@ def picture(path: Path, found: dict[str, list[Served]], predicted: dict[str, Pre
         if each.bubbles_s:
             requests.ecdf(each.bubbles_s, label=name)
     requests.set(xscale="log", xlabel="bubble time of a request, s", ylabel="share", title="GPT-3, predicted")
-    for axes in (shares, requests):
+    for axes in (shares, requests) if found else (requests,):
         axes.legend(frameon=False)
     figure.suptitle(title, fontsize=9)
     figure.savefig(path, dpi=120)
@@ -405,13 +394,15 @@ def picture(path: Path, found: dict[str, list[Served]], predicted: dict[str, Pre
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parser(__doc__ or "")
     options.add_argument("--depth", type=int, default=STAGES, help="micro-batches in flight on the two stages")
+    options.add_argument("--predicted", action="store_true", help="leave out what is measured")
     args: argparse.Namespace = options.parse_args(arguments)
-    requests = requests_of(16 if args.quick else 48)
-    found = launch(STAGES, measure, requests, 2 if args.quick else 9, args.depth)
+    requests = requests_of(24 if args.quick else 64)
+    rounds = 2 if args.quick else 9
+    found = {} if args.predicted else launch(STAGES, measure, requests, rounds, args.depth)
     predicted = predict(300 if args.quick else PUBLISHED["requests"])
-    measured = rows_of(found, sum(each.max_new_tokens for each in requests))
+    measured = rows_of(found, sum(each.max_new_tokens for each in requests)) if found else []
     about = meta(
-        args.machine,
+        args.machine if found else "none: predictions",
         PACKAGES,
         quick=args.quick,
         depth=args.depth,
@@ -420,8 +411,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         chunk=CHUNK,
         prompts=PROMPTS,
         published=PUBLISHED["source"],
-        predicted={"requests": len(predicted["TP8 x PP8, Orca"].bubbles_s), "machine": str(A100)},
-        sends={"alpha_s": SEND_ALPHA_S, "bytes_per_s": SEND_BYTES_PER_S, "assumed": True},
+        predicted={"requests": len(predicted["TP8 x PP8, Orca"].bubbles_s), "hardware": A100.name, "rates": "assumed"},
     )
     plot, args.plot = args.plot, None
     title = "bubbles of SARATHI's and of Orca's batches: two stages measured, the paper's set-up predicted"
