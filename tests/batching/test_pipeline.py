@@ -196,6 +196,19 @@ def test_rank_0_leads() -> None:
     assert first == second
 
 
+def test_of_a_request_that_is_cancelled_nothing_more_enters() -> None:
+    """A long prompt, of which two chunks are in flight: they end, and it is gone."""
+    loop = loop_of(one_stage(), policy=StallFree(4), depth=3)
+    generation = loop.add(request_of(1, 40, 5, 0))
+    loop.step()
+    loop.step()
+    assert [step.q_lens for step in loop.queue.steps] == [(4,), (4,)]
+    loop.cancel(1)
+    emitted = [each for _ in range(4) for each in loop.step()]
+    assert loop.steps == 2 and emitted == [Emitted(1, None, "cancelled")] and not loop.kv.ids
+    assert generation.finish == "cancelled" and not loop.queue.steps
+
+
 def test_no_depth_is_refused() -> None:
     with own_errors(), pytest.raises(ValueError, match="`depth` must be at least 1, got 0"):
         loop_of(one_stage(), depth=0)
