@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -131,5 +132,8 @@ def test_what_is_refused() -> None:
     ):
         with own_errors(), pytest.raises(ValueError, match=match):
             best(SMALL, H100, WORK, **arguments)
+    bare = replace(H100, accelerator=replace(H100.accelerator, memory_bytes=0.0))
+    with pytest.raises(ValueError, match="`hardware` must say how much memory a rank has, got none for h100"):
+        best(SMALL, bare, WORK)
     with pytest.raises(ValueError, match="`prompt`, `output` and `requests` must be at least 1"):
         Workload(0, 1)

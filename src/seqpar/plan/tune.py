@@ -191,13 +191,18 @@ def best(
         budgets: tokens of a step to try.
 
     Raises:
-        ValueError: an unknown objective, no ranks or budgets, or a model of which not one request fits in any layout.
+        ValueError: an unknown objective, no ranks or budgets, hardware of unknown memory, or a model of which not one
+            request fits in any layout.
     """
     ranks = hardware.host_ranks if ranks is None else ranks
     if objective not in _OBJECTIVES:
         raise ValueError(f"`objective` must be one of {', '.join(_OBJECTIVES)}, got {objective!r}")
     if ranks < 1 or not budgets or min(budgets) < 1:
         raise ValueError(f"`ranks` and `budgets` must be at least 1, got {ranks} and {list(budgets)}")
+    if not hardware.accelerator.memory_bytes:
+        raise ValueError(
+            f"`hardware` must say how much memory a rank has, got none for {hardware.name}; see Accelerator"
+        )
     unknown = [wire for wire in wires if wire is not None and wire not in FORMATS]
     if unknown or not wires:
         raise ValueError(f"`wires` must be of None, {', '.join(FORMATS)}, got {list(wires)}")
