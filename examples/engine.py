@@ -63,18 +63,7 @@ Arrivals, Records, Samples = list[tuple[float, Request, str]], list[Record], lis
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
-    torch.set_num_threads(1)
-    mesh = seqpar.init_mesh(tp=options.tp, sp=options.sp, timeout_s=options.timeout)
-    group = comm.groups(mesh).flat
-    overlap = Interleave(2, min_tokens=options.overlap) if options.overlap else "off"
-    how: dict[str, Any] = {"shift": options.shift or "off", "overlap": overlap}
-    model = seqpar.hf.load(options.model, mesh, dtype=torch.float32, progress=False, **how)
-    tokenizer = AutoTokenizer.from_pretrained(options.model)
-    stepper = seqpar.hf.Stepper(model, num_pages=options.pages, page_size=options.page_size)
-    budget = Budget(options.max_tokens, options.max_requests, options.admission)
-    how = {"policy": POLICIES[options.policy](options), "budget": budget, "preemption": options.preemption}
-    how |= {"vocab_size": stepper.vocab_size, "share_prefixes": options.share_prefixes}
-    loop = TemporalFusion(stepper, stepper.kv, **how, text=tokenizer.decode, lead=group)
+    loop, tokenizer, group = start(options)
     if group.rank():
         loop.follow()
         return 0
@@ -91,11 +80,26 @@ def main(arguments: list[str] | None = None) -> int:
     return 1 if refused else 0
 
 
+def start(options: argparse.Namespace) -> tuple[TemporalFusion, Any, comm.ProcessGroup]:
+    """The loop over the model on all ranks, of which the first leads, and the model's tokenizer."""
+    torch.set_num_threads(1)
+    mesh = seqpar.init_mesh(tp=options.tp, sp=options.sp, timeout_s=options.timeout)
+    group = comm.groups(mesh).flat
+    overlap = Interleave(2, min_tokens=options.overlap) if options.overlap else "off"
+    how: dict[str, Any] = {"shift": options.shift or "off", "overlap": overlap}
+    model = seqpar.hf.load(options.model, mesh, dtype=torch.float32, progress=False, **how)
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    stepper = seqpar.hf.Stepper(model, num_pages=options.pages, page_size=options.page_size)
+    budget = Budget(options.max_tokens, options.max_requests, options.admission)
+    how = {"policy": POLICIES[options.policy](options), "budget": budget, "preemption": options.preemption}
+    how |= {"vocab_size": stepper.vocab_size, "share_prefixes": options.share_prefixes, "text": tokenizer.decode}
+    return TemporalFusion(stepper, stepper.kv, **how, lead=group), tokenizer, group
+
+
 def serve(loop: TemporalFusion, arrivals: Arrivals, refused: list[str], journal: Journal) -> tuple[Records, Samples]:
     """Let requests join as they arrive, and step until none is left; adds to what is refused and to the journal."""
     queue = deque(sorted(arrivals, key=lambda arrival: arrival[0]))
-    records: dict[Any, Record] = {}
-    samples: Samples = []
+    records, samples = dict[Any, Record](), Samples()
     total, shown, start = len(queue), 0.0, time.perf_counter()
     while queue or loop.live:
         now = time.perf_counter() - start
@@ -112,13 +116,11 @@ def serve(loop: TemporalFusion, arrivals: Arrivals, refused: list[str], journal:
         if not loop.live:
             time.sleep(min(max(0.0, queue[0][0] - now), 0.05) if queue else 0.0)
             continue
-        emitted = loop.step()
-        journal.add(emitted)
+        journal.add(emitted := loop.step())
         now = time.perf_counter() - start
         for each in emitted:
             records[each.id].times.append(now)
-        kv = 1 - loop.kv.free_pages / loop.kv.num_pages
-        tokens = loop.latest.num_tokens if loop.latest else 0
+        kv, tokens = 1 - loop.kv.free_pages / loop.kv.num_pages, loop.latest.num_tokens if loop.latest else 0
         samples.append(Sample(now, len(loop.running), len(loop.waiting), tokens, kv))
         if sys.stderr.isatty() and now - shown > 0.1:
             shown = now
