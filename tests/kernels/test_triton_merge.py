@@ -78,7 +78,8 @@ def test_empty_partials_and_other_rows_change_no_bit() -> None:
 
 def test_rows_go_where_they_belong_and_nowhere_else() -> None:
     outs, lses = partials(2, (4 * 3, 8), torch.float32, 0)
-    out, lse = torch.full((6, 5, 8), 7.0), torch.full((6, 5), 7.0)
+    before = torch.full((7, 5, 8), 7.0), torch.full((7, 5), 7.0)  # the row before is no one's
+    out, lse = before[0][1:], before[1][1:]
     where = torch.tensor([5, -1, 0, 2], dtype=torch.int32)
     triton.merge_into(out[:, 1:4], lse[:, 1:4], outs, lses, None, None, None, where)
     merged = merge(outs.view(2, 4, 3, 8), lses.view(2, 4, 3), backend="reference")
@@ -88,6 +89,7 @@ def test_rows_go_where_they_belong_and_nowhere_else() -> None:
             want_out[row, 1:4], want_lse[row, 1:4] = merged[0][token], merged[1][token]
     torch.testing.assert_close(out, want_out)
     torch.testing.assert_close(lse, want_lse)
+    assert (before[0][0] == 7).all() and (before[1][0] == 7).all()
 
 
 @pytest.mark.slow
