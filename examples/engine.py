@@ -70,8 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
     arrivals, refused = (read_jsonl if options.jsonl else generate_trace)(options, tokenizer)
     with Journal(options.journal) as journal, loop:
         records, samples = serve(loop, arrivals, refused, journal)
-    for message in refused:
-        print(f"refused: {message}", file=sys.stderr)
+    sys.stderr.writelines(f"refused: {message}\n" for message in refused)
     if options.out:
         write_answers(options.out, journal, tokenizer)
     print(table(options, records, samples, len(refused), loop.reused))
@@ -98,8 +97,7 @@ def start(options: argparse.Namespace) -> tuple[TemporalFusion, Any, comm.Proces
 
 def serve(loop: TemporalFusion, arrivals: Arrivals, refused: list[str], journal: Journal) -> tuple[Records, Samples]:
     """Let requests join as they arrive, and step until none is left; adds to what is refused and to the journal."""
-    queue = deque(sorted(arrivals, key=lambda arrival: arrival[0]))
-    records, samples = dict[Any, Record](), Samples()
+    queue, records, samples = deque(sorted(arrivals, key=lambda each: each[0])), dict[Any, Record](), Samples()
     total, shown, start = len(queue), 0.0, time.perf_counter()
     while queue or loop.live:
         now = time.perf_counter() - start
