@@ -7,6 +7,7 @@
 #   make kernels         compile the Triton kernels for GPUs that are not here; the table that `make test` compares with
 
 RANKS ?= 2
+SECONDS ?= 3600
 PYTHON ?= $(firstword $(foreach p,python3 python3.11 python3.12 python3.13 python3.14,$(shell \
   $(p) -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $(p))))
 
@@ -23,7 +24,7 @@ TORCHRUN := OMP_NUM_THREADS=1 $(BIN)/torchrun --nnodes=1 --rdzv-backend=c10d --r
   --local-addr=127.0.0.1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test soak lint bench kernels paper peers clean
+.PHONY: help setup demo test fuzz soak lint bench kernels paper peers clean
 
 help:  ## what there is
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
@@ -53,6 +54,9 @@ test: lint  ## what CI runs: lint, then the fast tests
 
 soak: $(STAMP)  ## random histories of the loop over requests: 10,000 steps, four ranks (minutes)
 	@$(BIN)/python -m pytest -q -s tests/batching/test_master.py
+
+fuzz: $(STAMP)  ## public functions with random arguments, for an hour; SECONDS=60 for a minute
+	@SEQPAR_FUZZ_SECONDS=$(SECONDS) $(BIN)/python -m pytest -q tests/fuzz
 
 bench: $(STAMP)  ## quick benchmarks on this machine (minutes); peers that are not installed are listed
 	@for name in layers overlap phases wire shift csa kv decode batching simulate pipeline paper_overlap paper_shift paper_long; do name=benchmarks/$$name.py; \

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from math import lcm
 
 import pytest
@@ -20,8 +22,11 @@ from seqpar.partition import (
     even_ranges,
     even_split,
     piece_ranges,
+    ring_peers,
     shard_range,
+    union,
 )
+from tests.kernels.own_errors import own_errors
 
 
 @st.composite
@@ -295,3 +300,22 @@ def test_kv_routes_bring_every_head_to_every_rank_once(heads: HeadMap) -> None:
 def test_a_striping_of_nothing_is_refused(ranks: int, interleave: int) -> None:
     with pytest.raises(ValueError, match=f"must be at least 1, got ranks={ranks}, interleave={interleave}"):
         Striping(ranks, interleave)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: even_ranges(4, 0), "a split must be of a count >= 0 over parts >= 1, got 4 over 0"),
+        (lambda: piece_ranges(4, 2, 0), "a split must be of a count >= 0 over parts >= 1, got 2 over 0"),
+        (lambda: block_ranges(4, Layout(2, 1), 2), "`tp_rank` must be a rank (below 2), got 2"),
+        (lambda: shard_range(4, Layout(2, 0), 0), "`tp` and `sp` must be at least 1, got tp=2, sp=0"),
+        (lambda: Layout(0, 0).reaches(Layout(0, 0)), "`tp` and `sp` must be at least 1, got tp=0, sp=0"),
+        (lambda: HeadMap(4, 2, 2, 1).q_shard(-1), "`tp_rank` must be a rank (below 2), got -1"),
+        (lambda: HeadMap(4, 2, 2, 1).kv_head_of(2), "`rank` must be a rank (below 2), got 2"),
+        (lambda: ring_peers(0, 0), "`rank` must be a rank (below 0), got 0"),
+        (lambda: union([]), "`ranges` must be at least one, got none"),
+    ],
+)
+def test_ranks_and_parts_that_there_are_not(call: Callable[[], object], message: str) -> None:
+    with own_errors(), pytest.raises(ValueError, match=re.escape(message)):
+        call()

@@ -81,7 +81,12 @@ class Layout(NamedTuple):
         return self.tp * self.sp
 
     def reaches(self, other: Layout) -> bool:
-        """Whether `other` needs only views of the weights that this layout stores."""
+        """Whether `other` needs only views of the weights that this layout stores.
+
+        Raises:
+            ValueError: an axis of this layout is smaller than 1.
+        """
+        self.check()
         return other.size == self.size and other.tp % self.tp == 0
 
     @property
@@ -137,15 +142,24 @@ def even_split(total: int, parts: int) -> tuple[int, ...]:
     Raises:
         ValueError: `parts` is smaller than 1, or `total` is negative.
     """
-    if parts < 1 or total < 0:
-        raise ValueError(f"a split must be of a count >= 0 over parts >= 1, got {total} over {parts}")
-    base, extra = divmod(total, parts)
+    base, extra = _shares(total, parts)
     return tuple(base + (part < extra) for part in range(parts))
 
 
+def _shares(total: int, parts: int) -> tuple[int, int]:
+    """How large each part is, and how many are one larger."""
+    if parts < 1 or total < 0:
+        raise ValueError(f"a split must be of a count >= 0 over parts >= 1, got {total} over {parts}")
+    return divmod(total, parts)
+
+
 def even_ranges(total: int, parts: int) -> tuple[Range, ...]:
-    """The consecutive ranges whose sizes are `even_split(total, parts)`; token slices are these."""
-    base, extra = divmod(total, parts)
+    """The consecutive ranges whose sizes are `even_split(total, parts)`; token slices are these.
+
+    Raises:
+        ValueError: as `even_split`.
+    """
+    base, extra = _shares(total, parts)
     starts = [part * base + min(part, extra) for part in range(parts + 1)]
     return tuple(Range(a, b) for a, b in pairwise(starts))
 
@@ -172,23 +186,46 @@ def piece_ranges(total: int, ranks: int, pieces: int) -> tuple[tuple[Range, ...]
 
     >>> piece_ranges(8, 2, 2)
     ((Range(start=0, stop=2), Range(start=4, stop=6)), (Range(start=2, stop=4), Range(start=6, stop=8)))
+
+    Raises:
+        ValueError: as `even_split`.
     """
     cut = [[r.shift(s.start) for r in even_ranges(s.size, pieces)] for s in even_ranges(total, ranks)]
     return tuple(zip(*cut, strict=True))
 
 
 def block_ranges(total: int, layout: Layout, tp_rank: int) -> tuple[Range, ...]:
-    """The flat blocks of a dimension that tensor-parallel rank `tp_rank` stores, one per sequence rank."""
+    """The flat blocks of a dimension that tensor-parallel rank `tp_rank` stores, one per sequence rank.
+
+    Raises:
+        ValueError: the layout has no such rank, or the dimension is negative.
+    """
+    _check_rank(tp_rank, layout.check().tp, "tp_rank")
     return even_ranges(total, layout.size)[tp_rank * layout.sp : (tp_rank + 1) * layout.sp]
 
 
 def shard_range(total: int, layout: Layout, tp_rank: int) -> Range:
-    """The rows of a dimension that tensor-parallel rank `tp_rank` stores: the union of its blocks."""
+    """The rows of a dimension that tensor-parallel rank `tp_rank` stores: the union of its blocks.
+
+    Raises:
+        ValueError: as `block_ranges`.
+    """
     return union(block_ranges(total, layout, tp_rank))
 
 
+def _check_rank(rank: int, ranks: int, name: str) -> None:
+    if not 0 <= rank < ranks:
+        raise ValueError(f"`{name}` must be a rank (below {ranks}), got {rank}")
+
+
 def union(ranges: Sequence[Range]) -> Range:
-    """The smallest range that covers `ranges`, which lie in order and leave no gap."""
+    """The smallest range that covers `ranges`, which lie in order and leave no gap.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if not ranges:
+        raise ValueError("`ranges` must be at least one, got none")
     return Range(ranges[0].start, ranges[-1].stop)
 
 
@@ -506,6 +543,7 @@ class HeadMap:
 
     def kv_head_of(self, rank: int) -> tuple[int, ...]:
         """The local KV head that each local query head of flat rank `rank` reads."""
+        _check_rank(rank, self.size, "rank")
         first = self.kv_ranges[rank].start
         return tuple(head // self.group_size - first for head in range(*self.q_ranges[rank]))
 
@@ -651,6 +689,7 @@ class HeadMap:
         return Range(start, stop)
 
     def _of_tp(self, per_rank: tuple[Range, ...], tp_rank: int) -> tuple[Range, ...]:
+        _check_rank(tp_rank, self.tp, "tp_rank")
         return per_rank[tp_rank * self.sp : (tp_rank + 1) * self.sp]
 
     def _find(self, tp_rank: int, wanted: Segment) -> tuple[Range, ...]:
@@ -815,7 +854,12 @@ def _join(a: Run, b: Run) -> Run | None:
 
 
 def ring_peers(rank: int, ranks: int) -> tuple[int, int]:
-    """Whom a rank of a ring sends to, and whom it receives from."""
+    """Whom a rank of a ring sends to, and whom it receives from.
+
+    Raises:
+        ValueError: the ring has no such rank.
+    """
+    _check_rank(rank, ranks, "rank")
     return (rank + 1) % ranks, (rank - 1) % ranks
 
 

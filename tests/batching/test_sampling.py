@@ -123,3 +123,13 @@ def test_requests_that_are_none(options: dict[str, object], message: str) -> Non
 def test_types_that_would_fail_in_a_step(make: Callable[[], object], message: str) -> None:
     with own_errors(), pytest.raises(TypeError, match=message):
         make()
+
+
+@pytest.mark.parametrize("shape", [(0, 0), (2, 0), (2, 5), (1, 5)], ids=str)
+def test_logits_that_are_not_of_the_requests(shape: tuple[int, int]) -> None:
+    numbers = [0] * (1 if shape != (1, 5) else 2)
+    with (
+        own_errors(),
+        pytest.raises(ValueError, match="`logits` must have a row of at least one for each request, got"),
+    ):
+        sample(torch.zeros(shape), [Sampling()], numbers)

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from seqpar.kernels import attention
 from seqpar.kernels.attention.reference import request_keys
-from seqpar.kv import OutOfPages, PagedKV, SavedKV, compaction
-from seqpar.partition import Range
+from seqpar.kv import OutOfPages, PagedKV, SavedKV, StripedKV, compaction
+from seqpar.partition import Range, Striping
 from seqpar.ragged import RaggedBatch
 from tests.kernels.own_errors import own_errors
 
@@ -780,3 +780,26 @@ def test_a_request_asks_for_room_again_once_it_was_forked_or_cut() -> None:
     kv.batch(["a"], [2])
     assert len(kv.pages("a")) == 1
     kv.integrity()
+
+
+def test_layers_and_pages_that_there_are_not() -> None:
+    kv = PagedKV(2, 4, 4, 1, 2)
+    batch = kv.batch(["a"], [3])
+    k = torch.zeros(3, 1, 2)
+    calls: list[Callable[[int], object]] = [
+        kv.layer,
+        lambda layer: kv.read(layer, batch),
+        lambda layer: kv.append(layer, k, k, batch),
+        lambda layer: kv.gather(layer, []),
+        lambda layer: kv.check_appended(layer, []),
+    ]
+    for call in calls:
+        for layer in (-1, 2):
+            with own_errors(), pytest.raises(ValueError, match=f"`layer` must be one of 2 layers, got {layer}"):
+                call(layer)
+    for page in (-1, 4):
+        with pytest.raises(ValueError, match=f"`page` must be one of 4 pages, got {page}"):
+            kv._allocator.holders(page)
+    striped = StripedKV(1, 4, 4, 1, 2, striping=Striping(2), rank=0)
+    with own_errors(), pytest.raises(ValueError, match="`batch` must be one of this cache, got one without a cache"):
+        striped.append_own(0, k, k, RaggedBatch.prefill([3]))

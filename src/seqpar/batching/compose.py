@@ -194,6 +194,8 @@ class Draft:
     """
 
     def __init__(self, running: Sequence[Progress], waiting: Sequence[Progress], budget: Budget, room: Room) -> None:
+        if room.page_size < 1 or room.free_pages < 0:
+            raise ValueError(f"`room` must be of pages of at least 1 token, and none less than free, got {room}")
         self.running, self.waiting, self.room = list(running), waiting, room
         self.decodes: list[Progress] = []
         self.prefills: list[Progress] = []

@@ -38,7 +38,15 @@ def sample(logits: Float[Tensor, "n v"], how: Sequence[Sampling], numbers: Seque
         logits: one row for each request.
         how: its parameters.
         numbers: how many tokens it has generated before.
+
+    Raises:
+        ValueError: rows without logits, or not as many rows as parameters and numbers.
     """
+    if not logits.shape[1] or not len(logits) == len(how) == len(numbers):
+        raise ValueError(
+            f"`logits` must have a row of at least one for each request, got {list(logits.shape)} for {len(how)} and "
+            f"{len(numbers)}"
+        )
     tokens: list[int] = logits.argmax(-1).tolist()
     drawn = [row for row, each in enumerate(how) if each.temperature > 0]
     if drawn:

@@ -477,7 +477,12 @@ class PagedKV:
     # What lies in them.
 
     def layer(self, index: int) -> tuple[Float[Tensor, "pages page_size g d"], Float[Tensor, "pages page_size g d"]]:
-        """Keys and values of a layer, all pages of them, written or not."""
+        """Keys and values of a layer, all pages of them, written or not.
+
+        Raises:
+            ValueError: there is no such layer.
+        """
+        self._ledger(index)
         return self._k[index], self._v[index]
 
     def read(
@@ -488,7 +493,7 @@ class PagedKV:
         Raises:
             ValueError: keys that a request of the batch may see are not there yet.
         """
-        missing = self._ledgers[layer].missing(batch, heads)
+        missing = self._ledger(layer).missing(batch, heads)
         if missing is not None:
             request, promised, appended = missing
             raise ValueError(
@@ -520,6 +525,7 @@ class PagedKV:
             ValueError: shape, dtype or page size differ from the cache's, the heads are none of its own, or the batch
                 is older than the last free, truncate, select or move of a request in it; then nothing was written.
         """
+        ledger = self._ledger(layer)
         self._check_append(k, v, batch, heads, batch.num_tokens)
         keys, values = (self._flat(store[layer], heads) for store in (self._k, self._v))
         if keys.is_cpu and len(batch.slot_runs) == 1:
@@ -528,7 +534,7 @@ class PagedKV:
             values.narrow(0, start, len(v)).copy_(v.detach())
         else:
             append_rows(keys, values, k.detach(), v.detach(), batch.slots)
-        self._ledgers[layer].add(batch, heads)
+        ledger.add(batch, heads)
 
     def gather(
         self, layer: int, requests: Sequence[Hashable]
@@ -547,13 +553,19 @@ class PagedKV:
 
     def check_appended(self, layer: int, requests: Sequence[Hashable]) -> None:
         """Raise ValueError unless the requests are held and all their tokens are there."""
+        ledger = self._ledger(layer)
         for request in requests:
-            appended = self._ledgers[layer].appended(request)
+            appended = ledger.appended(request)
             if appended < self.length(request):
                 raise ValueError(
                     f"`requests` must be read after their keys are appended (layer {layer}, request {request!r}: "
                     f"{self.length(request)} tokens promised), got {appended} appended"
                 )
+
+    def _ledger(self, layer: int) -> Ledger:
+        if not 0 <= layer < self.num_layers:
+            raise ValueError(f"`layer` must be one of {self.num_layers} layers, got {layer}")
+        return self._ledgers[layer]
 
     @staticmethod
     def _flat(store: Tensor, heads: Range | None) -> Tensor:

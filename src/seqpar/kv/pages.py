@@ -68,7 +68,13 @@ class PageAllocator:
         return tuple(map(bool, self._holders))
 
     def holders(self, page: int) -> int:
-        """How many hold a page."""
+        """How many hold a page.
+
+        Raises:
+            ValueError: there is no such page.
+        """
+        if not 0 <= page < self.num_pages:
+            raise ValueError(f"`page` must be one of {self.num_pages} pages, got {page}")
         return self._holders[page]
 
     def alloc(self, count: int) -> tuple[int, ...]:

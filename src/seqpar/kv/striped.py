@@ -162,16 +162,18 @@ class StripedKV(PagedKV):
         self._write(layer, k, v, batch, None)
 
     def _write(self, layer: int, k: Tensor, v: Tensor, batch: RaggedBatch, heads: Range | None) -> None:
-        slots = self._own(batch).slots
+        ledger, slots = self._ledger(layer), self._own(batch).slots
         keys, values = (self._flat(store[layer], heads) for store in (self._k, self._v))
         append_rows(keys, values, k.detach(), v.detach(), slots)
-        self._ledgers[layer].add(batch, heads)
+        ledger.add(batch, heads)
 
     def _own(self, batch: RaggedBatch) -> _Own:
         """The own rows of a batch and their slots; worked out once for all layers."""
         key = ("kv.striped", self.striping, self.rank)
         own: _Own | None = batch.plans.get(key)
         if own is None:
+            if not batch.has_cache:
+                raise ValueError("`batch` must be one of this cache, got one without a cache; ask `batch`")
             with torch.inference_mode(False):
                 rows = torch.tensor(self.own(batch), dtype=torch.int64, device=batch.device)
                 page, token = batch.slots[rows] // batch.page_size, batch.slots[rows] % batch.page_size
