@@ -331,9 +331,12 @@ class Draft:
     def _may_join(self, each: Progress) -> bool:
         """Whether the cache holds what it, and all that run, have been promised."""
         if self._promised is None:
-            held = sum([self.room.pages(other.scheduled) for other in self.running])
-            self._capacity = self.room.free_pages + held
-            self._promised = sum(map(self._promise, self.running))
+            size, whole = (
+                self.room.page_size,
+                self._budget.admission == "whole",
+            )  # `pages` and `_promise`, without calls
+            self._capacity = self.room.free_pages + sum([-(-other.scheduled // size) for other in self.running])
+            self._promised = sum([-(-(other.limit if whole else other.tokens) // size) for other in self.running])
         spare = self._budget.spare_pages if self.running else 0
         need = self._promise(each) - each.shared
         if self._promised + need + spare > self._capacity:
