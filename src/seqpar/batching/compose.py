@@ -331,10 +331,8 @@ class Draft:
     def _may_join(self, each: Progress) -> bool:
         """Whether the cache holds what it, and all that run, have been promised."""
         if self._promised is None:
-            size, whole = (
-                self.room.page_size,
-                self._budget.admission == "whole",
-            )  # `pages` and `_promise`, without calls
+            # `pages` and `_promise`, without a call for each
+            size, whole = self.room.page_size, self._budget.admission == "whole"
             self._capacity = self.room.free_pages + sum([-(-other.scheduled // size) for other in self.running])
             self._promised = sum([-(-(other.limit if whole else other.tokens) // size) for other in self.running])
         spare = self._budget.spare_pages if self.running else 0
