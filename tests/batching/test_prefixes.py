@@ -144,6 +144,19 @@ def test_what_cancelled_ones_hold_is_free_for_others() -> None:
     assert list(generation) == alone(generation.request)[0]
 
 
+def test_pages_that_are_shared_with_one_who_leaves_are_not_shared() -> None:
+    """Nine pages beside four, of twelve: it waits, though five of the nine are found."""
+    loop = loop_of(12, 4)
+    loop.add(Request("other", PROMPT[1:10], 8))
+    loop.add(Request("a", PROMPT, 8))
+    loop.step()
+    loop.cancel("a")
+    late = loop.add(Request("late", PROMPT, 13))
+    loop.step()
+    assert [each.id for each in loop.running] == ["other"]
+    assert list(late) == alone(late.request)[0]
+
+
 def test_shared_pages_in_a_plan() -> None:
     """Of six pages for 24 tokens five are there: one is taken, and with eight there is room."""
     waiting = Progress("new", 24, 31, 20, 20, shared=5)

@@ -37,7 +37,7 @@ def say_fallback(tokens: Sequence[int]) -> str:
         except UnicodeDecodeError:
             text += "\ufffd" * len(run)
         run = b""
-        text += "" if token < 0 else (" one", " two", "three")[token - 256]
+        text += "" if token < 0 else (" one", " two", "three", "")[token - 256]
     return text.removeprefix(" ")
 
 
@@ -98,6 +98,13 @@ def test_runs_of_bytes_that_are_one_text_or_none(parts: list[str], stop: str) ->
     assert streamed(tokens, say_fallback, (stop,))[1].end().told == cut(text, [stop])
 
 
+def test_tokens_that_say_nothing_hide_no_space() -> None:
+    """Where the window is cut before one, the word after it would be the first of a text."""
+    for count in range(12, 24):
+        tokens = [256] * count + [259, 259, 257, 256]
+        assert streamed(tokens, say_fallback)[1].told == say_fallback(tokens)
+
+
 def test_a_character_that_never_comes_is_told_at_the_end() -> None:
     told, words = streamed([0, 4], say_bytes)
     assert told == ["a", "a"] and words.end().told == "a\ufffd"
@@ -134,10 +141,14 @@ def test_the_bundled_tokenizer() -> None:
     assert streamed(tokens, decode, (stop,))[1].told == tokenizer.decode(tokens).split(stop)[0]
 
 
-@pytest.mark.parametrize(("text", "expected"), [("xabc", "xa"), ("abcd", ""), ("ab", "ab"), ("aab", "aab")])
+@pytest.mark.parametrize(
+    ("text", "expected"), [("xabc", "xa"), ("abcd", ""), ("ab", "ab"), ("aab", "aab"), ("abcdx", "a")]
+)
 def test_the_stop_that_ends_first(text: str, expected: str) -> None:
     """In one token or in many: of "abcd" and "b c" the first is not begun twice."""
-    stops = {"xabc": ("xabcd", "bc"), "abcd": ("abc", "bcd"), "ab": ("abc",), "aab": ("ac",)}[text]
+    stops = {"xabc": ("xabcd", "bc"), "abcd": ("abc", "bcd"), "ab": ("abc",), "aab": ("ac",), "abcdx": ("abcd", "bc")}[
+        text
+    ]
 
     def decode(tokens: Sequence[int]) -> str:
         return "".join(text if token < 0 else chr(token) for token in tokens)
