@@ -48,9 +48,10 @@ lint: $(STAMP)  ## format, lint, types, layering
 	@$(BIN)/mypy --strict src
 	@out=$$($(BIN)/lint-imports --no-logo) || { echo "$$out"; exit 1; }
 
+# Two workers, each with ranks of its own: tests wait a lot, for ranks that wait for each other.
 test: lint  ## what CI runs: lint, then the fast tests
 	@echo "test: pytest"
-	@$(BIN)/python -m pytest -q -m 'not slow and not gpu'
+	@$(BIN)/python -m pytest -q -n 2 --dist worksteal -m 'not slow and not gpu'
 
 soak: $(STAMP)  ## random histories of the loop over requests: 10,000 steps, four ranks (minutes)
 	@$(BIN)/python -m pytest -q -s tests/batching/test_master.py
