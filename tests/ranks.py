@@ -88,7 +88,7 @@ def run_ranks(
     """
     if not isolated:
         return _pool(p).run(fn, args, timeout_s, may_die)
-    pool = _Pool(p, group_timeout_s)
+    pool = _Pool(p, group_timeout_s, isolated=True)
     try:
         return pool.run(fn, args, timeout_s, may_die)
     finally:
@@ -120,7 +120,7 @@ def poison() -> None:
 class _Pool:
     """p workers, each with one pipe to here."""
 
-    def __init__(self, p: int, group_timeout_s: float) -> None:
+    def __init__(self, p: int, group_timeout_s: float, isolated: bool) -> None:
         self.p = p
         self.stopped = False
         self.folder = tempfile.TemporaryDirectory(prefix="seqpar-ranks-")
@@ -130,7 +130,7 @@ class _Pool:
         context.set_forkserver_preload(["tests.preload"])
         for rank in range(p):
             ours, theirs = context.Pipe()
-            args = (rank, p, self.folder.name, theirs, group_timeout_s, list(sys.path))
+            args = (rank, p, self.folder.name, theirs, group_timeout_s, list(sys.path), isolated)
             worker = context.Process(target=_work, args=args, daemon=True)  # type: ignore[attr-defined]
             worker.start()
             theirs.close()
@@ -204,7 +204,7 @@ _POOLS: dict[int, _Pool] = {}
 
 def _pool(p: int) -> _Pool:
     if p not in _POOLS or _POOLS[p].stopped:
-        _POOLS[p] = _Pool(p, group_timeout_s=30.0)
+        _POOLS[p] = _Pool(p, group_timeout_s=30.0, isolated=False)
     return _POOLS[p]
 
 
@@ -212,7 +212,9 @@ def _crash_file(folder: str, rank: int) -> Path:
     return Path(folder) / f"crash-{rank}"
 
 
-def _work(rank: int, p: int, folder: str, pipe: Connection, group_timeout_s: float, path: list[str]) -> None:
+def _work(
+    rank: int, p: int, folder: str, pipe: Connection, group_timeout_s: float, path: list[str], isolated: bool
+) -> None:
     """A worker: start the process group, then run what comes through the pipe, for ever."""
     crash = _crash_file(folder, rank).open("w")
     faulthandler.enable(crash)
@@ -225,6 +227,8 @@ def _work(rank: int, p: int, folder: str, pipe: Connection, group_timeout_s: flo
 
     torch.set_num_threads(1)
     poison()
+    if not isolated:
+        _share_gloo_device()
     dist.init_process_group(
         "gloo",
         store=dist.FileStore(f"{folder}/rendezvous", p),
@@ -238,6 +242,27 @@ def _work(rank: int, p: int, folder: str, pipe: Connection, group_timeout_s: flo
         except EOFError:
             os._exit(0)
         pipe.send_bytes(_report_of(job, rank, p))
+
+
+def _share_gloo_device() -> None:
+    """Let all groups of this process have one gloo device.
+
+    A device has a thread that wakes up a hundred times a second, and each group makes one of its own. Workers live as
+    long as the suite and keep the groups of every mesh: their threads took three quarters of two cores.
+    """
+    from datetime import timedelta
+
+    from torch.distributed import ProcessGroupGloo, Store, distributed_c10d
+
+    device = ProcessGroupGloo.create_default_device()
+
+    class Shared(ProcessGroupGloo):
+        def __init__(self, store: Store, rank: int, size: int, timeout: timedelta) -> None:
+            options = ProcessGroupGloo._Options()
+            options._devices, options._timeout = [device], timeout
+            super().__init__(store, rank, size, options)
+
+    distributed_c10d.ProcessGroupGloo = Shared  # type: ignore[misc]
 
 
 def _report_of(job: bytes, rank: int, p: int) -> bytes:
