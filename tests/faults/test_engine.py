@@ -102,9 +102,9 @@ def test_torchrun_starts_it_again(folder: Path, victim: int, fault: signal.Signa
     """As a user has it: one command."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=1", "--rdzv-backend=c10d"]
     command += ["--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1", "--nproc-per-node=2", "--max-restarts=2"]
-    lines = [{"prompt": [5 + i, 6, 7], "max_new_tokens": 200, "id": i} for i in range(8)]
+    lines = [{"prompt": [5 + i, 6, 7], "max_new_tokens": 100, "id": i} for i in range(8)]
     (folder / "requests.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    options = [*arguments(folder, 2), "--timeout", "10", "--page-size", "32"]
+    options = [*arguments(folder, 2), "--timeout", "30", "--page-size", "32"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}
     run = [*command, "examples/engine.py", *options]
     subprocess.run(run, cwd=ROOT, env=environment, check=True, capture_output=True, timeout=240)
