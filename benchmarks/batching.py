@@ -337,6 +337,7 @@ class Mixes:
 
     def verify(self, decodes: int, prompt: int) -> None:
         """The mixed step gives what its halves give."""
+        self.undo()
         mixed = self.step(decodes, prompt)
         self.undo()
         alone = self.step(decodes, 0)

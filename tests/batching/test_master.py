@@ -172,6 +172,6 @@ def test_nothing_leaks(case: tuple[str, int]) -> None:
 @pytest.mark.parametrize("name", ["tiny-1x1", "tiny-1x2", "tiny-2x2"])
 def test_nothing_leaks_on_ranks(name: str) -> None:
     run, kind, options = RUNNERS[name]
-    found = run(play_random, kind, options, SOAKS["swap"], 1500, 1)
+    found = run(play_random, kind, options, SOAKS["swap"], 600, 1)
     print(name, found[0][0])
     assert all(each == found[0] for each in found) and found[0][0]["preempted"]

@@ -157,6 +157,19 @@ def test_pages_that_are_shared_with_one_who_leaves_are_not_shared() -> None:
     assert list(late) == alone(late.request)[0]
 
 
+def test_pages_found_by_two_at_once_come_back_with_the_older() -> None:
+    """Both were to take them when they joined; four older ones need a page when the newest has two of its own."""
+    loop = loop_of(21, 4, budget=Budget(100, 8, "known"))
+    list(loop.add(Request("gone", PROMPT[:21], 1)))
+    generations = [loop.add(Request(i, PROMPT[i + 1 : i + 10], 15)) for i in range(3)]
+    generations += [loop.add(Request(name, PROMPT[:21], 15)) for name in "bc"]
+    loop.step()
+    assert [each.shared for each in loop.running] == [0] * 5 and loop.reused == 40
+    assert loop.kv.given_back(["c", "b"]) == (1, 6) and loop.kv.free_pages == 5
+    list(loop.run())
+    assert all(each.tokens == alone(each.request)[0] for each in generations)
+
+
 def test_shared_pages_in_a_plan() -> None:
     """Of six pages for 24 tokens five are there: one is taken, and with eight there is room."""
     waiting = Progress("new", 24, 31, 20, 20, shared=5)
