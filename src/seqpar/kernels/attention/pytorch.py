@@ -178,6 +178,9 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float, grad: bool = False, s
         return _fused(q, k, v, scale, causal=True, sinks=sinks)
     wide = torch.promote_types(q.dtype, torch.float32)
     b, h, s, d = q.shape
+    # Each triangle and square reads its keys again: head by head they lie together (3 % at 2048 tokens, 8 % at 512, for
+    # slices of a fused projection on one Xeon core).
+    k, v = k.contiguous(), v.contiguous()
     out, lse = q.new_empty(b, s, h, d, dtype=wide).transpose(1, 2), q.new_empty(b, h, s, dtype=wide)
     _triangle(q, k, v, scale, out, lse)
     return out.to(q.dtype), lse
