@@ -4,6 +4,7 @@
 #   make test            format, lint, types, layering, tests: what CI runs
 #   make bench           quick benchmarks; `make peers` first to compare with DeepSpeed and yunchang too
 #   make paper           published numbers beside what the plan says of them
+#   make docs            the site, in site/
 #   make kernels         compile the Triton kernels for GPUs that are not here; the table that `make test` compares with
 
 RANKS ?= 2
@@ -16,6 +17,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PEERS := $(VENV)-peers
 PEERS_STAMP := $(PEERS)/.installed
+DOCS := $(VENV)-docs
+DOCS_STAMP := $(DOCS)/.installed
 
 PIP = $(1)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-cpu.txt
 
@@ -24,7 +27,7 @@ TORCHRUN := OMP_NUM_THREADS=1 $(BIN)/torchrun --nnodes=1 --rdzv-backend=c10d --r
   --local-addr=127.0.0.1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test fuzz soak lint bench kernels paper peers clean
+.PHONY: help setup demo test fuzz soak lint bench kernels paper docs peers clean
 
 help:  ## what there is
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
@@ -70,6 +73,18 @@ paper: $(STAMP)  ## docs/paper-results.md: every published number beside what th
 kernels: $(STAMP)  ## docs/results/kernels.md: what every Triton kernel needs on every target; minutes, no GPU
 	@echo "kernels: compiling for sm_80, sm_90, sm_100, gfx942"
 	@$(BIN)/python benchmarks/compile_kernels.py
+
+docs: $(DOCS_STAMP)  ## the site in site/, built strictly: the first warning is an error
+	@echo "docs: mkdocs build --strict"
+	@$(DOCS)/bin/python -m doctest docs/contract.py docs/walkthrough.py
+	@NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict --quiet
+
+# The site's tools read the sources and import nothing of them, so their environment needs neither PyTorch nor .venv.
+$(DOCS_STAMP): pyproject.toml constraints-cpu.txt
+	@echo "docs: $(DOCS) with mkdocs-material, mkdocstrings"
+	@test -x $(DOCS)/bin/python || $(PYTHON) -m venv $(DOCS)
+	@$(call PIP,$(DOCS)) mkdocs-material 'mkdocstrings[python]' ruff
+	@touch $@
 
 peers: $(PEERS_STAMP)  ## a second environment with the libraries that the benchmarks compare with
 

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 import os
 import subprocess
 import sys
-from contextlib import redirect_stderr
+from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
-from tests.ranks import run_ranks
+from tests.ranks import run_ranks, thinned
 
 ROOT = Path(__file__).parent.parent
 
@@ -69,12 +71,16 @@ def test_the_trace_of_two_chunks(tmp_path: Path) -> None:
     assert (tmp_path / "trace.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def example(name: str) -> Any:
+    """An example as a module, in a process that has torch already; as a script, it finds its neighbours."""
+    if str(ROOT / "examples") not in sys.path:
+        sys.path.append(str(ROOT / "examples"))
+    return importlib.import_module(name)
+
+
 def serves(rank: int, p: int, folder: str) -> tuple[int, str]:
-    """The engine, in a process that has torch already: how it ends, and what it complains of."""
-    spec = importlib.util.spec_from_file_location("engine", ROOT / "examples" / "engine.py")
-    assert spec is not None and spec.loader is not None
-    engine = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(engine)
+    """The engine: how it ends, and what it complains of."""
+    engine = example("engine")
     given = ["--sp", str(p), "--shift", "8", "--pages", "8", "--jsonl", f"{folder}/requests.jsonl"]
     given += ["--share-prefixes", "--out", f"{folder}/answers.jsonl", "--plot", f"{folder}/engine.png"]
     with redirect_stderr(StringIO()) as complaints:
@@ -113,3 +119,84 @@ def test_the_engine_serves_all_but_bad_lines(tmp_path: Path) -> None:
     assert served == {"a": ("length", 4), 6: ("length", 3), "b": ("length", 2)}
     assert all("text" in each for each in answers)
     assert (tmp_path / "engine.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def generates(rank: int, p: int, options: list[str]) -> tuple[str, str]:
+    """What `generate.py` returns, and what it prints."""
+    with redirect_stdout(StringIO()) as printed:
+        return example("generate").main(["import os\n", "--new-tokens", "6", *options]), printed.getvalue()
+
+
+def test_text_is_generated_under_every_option() -> None:
+    plain = run_ranks(2, generates, ["--tp", "2"])
+    other = run_ranks(2, generates, ["--sp", "2", "--shift", "4", "--overlap", "auto"])
+    assert len({text for text, _ in plain + other}) == 1 and plain[0][0].startswith("<s>import os\n")
+    assert plain[0][0].removeprefix("<s>") in plain[0][1] and "bytes sent" in plain[0][1], "rank 0 prints"
+    assert plain[1][1] == ""
+
+
+def runs_custom_model(rank: int, p: int, tp: int, sp: int) -> str:
+    """Its own comparison; and its logits beside those of Transformers' Qwen3, whose layers it has."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    import seqpar
+    from seqpar import comm
+    from seqpar.ragged import RaggedBatch
+
+    custom_model = example("custom_model")
+    with redirect_stdout(StringIO()) as printed:
+        custom_model.main(tp, sp)
+    config = custom_model.Config()
+    torch.manual_seed(1)
+    theirs = Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=config.vocab_size,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_hidden_layers=config.num_layers,
+            num_attention_heads=config.num_heads,
+            num_key_value_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            tie_word_embeddings=False,
+        )
+    ).eval()
+    for name, param in theirs.named_parameters():
+        if "norm" in name:
+            torch.nn.init.uniform_(param, 0.5, 1.5)
+    ours = custom_model.Model(config, comm.groups(seqpar.init_mesh(tp, sp, "cpu")))
+    ours.load_state_dict({name.removeprefix("model."): value for name, value in theirs.state_dict().items()})
+    ids = torch.randint(config.vocab_size, (37,))
+    with torch.no_grad():
+        logits = ours(ids, RaggedBatch.prefill([37]), None, range(37))
+        torch.testing.assert_close(logits, theirs(ids[None]).logits[0], rtol=1e-4, atol=1e-4)
+    return printed.getvalue()
+
+
+@pytest.mark.parametrize("layout", thinned([(1, 2), (2, 1), (2, 2), (1, 4), (3, 1)], (1, 2).__eq__), ids=str)
+def test_a_model_of_ones_own(layout: tuple[int, int]) -> None:
+    (tp, sp), ranks = layout, layout[0] * layout[1]
+    printed = run_ranks(ranks, runs_custom_model, tp, sp)
+    assert printed == [f"tp={tp} sp={sp}: 36 tokens, all equal to those of one process\n", *[""] * (ranks - 1)]
+
+
+def test_a_model_of_ones_own_is_short() -> None:
+    assert len((ROOT / "examples/custom_model.py").read_text().splitlines()) < 120
+
+
+def trains(rank: int, p: int, tp: int, sp: int, steps: int) -> str:
+    with redirect_stdout(StringIO()) as printed:
+        example("train_tp_sp").main(tp, sp, steps)
+    return printed.getvalue()
+
+
+@pytest.mark.parametrize("case", thinned([(2, 1, 3), (1, 2, 30), (2, 2, 30), (1, 3, 10)], (2, 1, 3).__eq__), ids=str)
+def test_training_is_that_of_one_process(case: tuple[int, int, int]) -> None:
+    printed = run_ranks(case[0] * case[1], trains, *case)
+    assert "nats a byte, as in one process" in printed[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["custom_model.py", "train_tp_sp.py", "generate.py"])
+def test_examples_run_under_torchrun(script: str) -> None:
+    done = torchrun(4, f"examples/{script}", "--tp", "2", "--sp", "2")
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -1,11 +1,13 @@
 """The package as a whole: what it exports, what importing it costs, what is committed."""
 
 import json
+import os
 import re
 import statistics
 import subprocess
 import sys
 import tomllib
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -84,6 +86,53 @@ def test_import_time() -> None:
     )
     ratios = [float(python(code)) for _ in range(3)]
     assert statistics.median(ratios) <= 0.10, ratios
+
+
+def test_files_of_a_release() -> None:
+    """Licence, citation and changelog say the same as the project file."""
+    import yaml
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert project["license"] == citation["license"] == "Apache-2.0"
+    assert "Apache License" in (ROOT / "LICENSE").read_text() and (ROOT / "src/seqpar/py.typed").exists()
+    assert {"cff-version", "title", "authors", "version", "type"} <= citation.keys()
+    assert re.fullmatch(r"\d+\.\d+\.\d+", project["version"])
+    assert "## [Unreleased]" in (ROOT / "CHANGELOG.md").read_text()
+
+
+@pytest.mark.slow
+def test_the_wheel_installs_and_imports_alone(tmp_path: Path) -> None:
+    """Built as a user's pip builds it, and imported from what it holds, beside nothing but the packages it names.
+
+    In an environment of its own torch would be downloaded; here a directory with the wheel's files comes before all
+    else, and the checkout is not on the path.
+    """
+    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(tmp_path), str(ROOT)]
+    done = subprocess.run(build, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (wheel,) = tmp_path.glob("seqpar-*.whl")
+    with zipfile.ZipFile(wheel) as files:
+        files.extractall(tmp_path / "site")
+        names = set(files.namelist())
+    sources = {path.relative_to(ROOT / "src").as_posix() for path in (ROOT / "src").rglob("*.py")}
+    assert sources | {"seqpar/py.typed"} <= names
+    assert {name.split("/")[0] for name in names} == {"seqpar", f"seqpar-{seqpar.__version__}.dist-info"}
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+    metadata = next((tmp_path / "site").glob("*.dist-info/METADATA")).read_text()
+    needed = re.findall(r"^Requires-Dist: ([\w-]+)[^;\n]*(?:; platform_system.*)?$", metadata, re.MULTILINE)
+    assert set(needed) == {"torch", "triton", "einops", "safetensors", "jaxtyping"}
+    code = (
+        "import sys; sys.modules.update(dict.fromkeys(('transformers', 'matplotlib', 'starlette', 'yaml')));"
+        "import seqpar; from seqpar import batching, comm, kernels, kv, layers, partition, plan, ragged;"
+        "import torch; mesh = seqpar.init_mesh(device='cpu');"
+        "layer = layers.RowParallelLinear(8, 4, group=comm.groups(mesh).tp);"
+        "print(seqpar.__file__, tuple(layer(torch.ones(3, 8)).shape), seqpar.__version__)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.split() == [str(tmp_path / "site/seqpar/__init__.py"), "(3,", "4)", seqpar.__version__]
 
 
 def committed_text() -> list[Path]:
