@@ -272,9 +272,14 @@ def deepspeed_ulysses(case: Case, q: Tensor, k: Tensor, v: Tensor) -> Contender:
     return Contender("deepspeed", lambda: attention(q, k, v, 0).reshape(-1, HEADS * HEAD_DIM))
 
 
-def yunchang_ulysses(case: Case, q: Tensor, k: Tensor, v: Tensor) -> Contender:
+def stand_in_for_flash_attn() -> None:
+    """Let peers import one where there is none; see `stubs/flash_attn`."""
     if importlib.util.find_spec("flash_attn") is None:
         sys.path.append(str(Path(__file__).parent / "stubs"))
+
+
+def yunchang_ulysses(case: Case, q: Tensor, k: Tensor, v: Tensor) -> Contender:
+    stand_in_for_flash_attn()
     from yunchang.kernels import AttnType
     from yunchang.ulysses import UlyssesAttention
 
@@ -346,7 +351,14 @@ def ranks(cases: Sequence[Case], folder: Path) -> Result:
     return result
 
 
-def run_layers(cases: Sequence[Case], folder: Path, guard: Guard, result: Result, total: int) -> None:
+Measure = Callable[[Case, Sequence[Contender], Tensor, Guard, Result], None]
+
+
+def run_layers(
+    cases: Sequence[Case], folder: Path, guard: Guard, result: Result, total: int, measure: Measure | None = None
+) -> None:
+    """Build the layers, and have every case measured, by `measure_all` unless another function is given."""
+    measure = measure or measure_all
     progress(0, total, "building the layers")
     model = reference_model(folder)
     ours = seqpar_layer(model)
@@ -376,10 +388,10 @@ def run_ulysses(case: Case, guard: Guard, result: Result) -> None:
     for name, make in (("deepspeed", deepspeed_ulysses), ("yunchang", yunchang_ulysses)):
         made = guard.attempt(name, lambda make=make: make(case, *shards))
         contenders += [] if made is None else [made]
-    measure(case, contenders, expected, guard, result)
+    measure_all(case, contenders, expected, guard, result)
 
 
-def measure(case: Case, contenders: Sequence[Contender], expected: Tensor, guard: Guard, result: Result) -> None:
+def measure_all(case: Case, contenders: Sequence[Contender], expected: Tensor, guard: Guard, result: Result) -> None:
     """Check every contender's result, count its collectives, then time those that run."""
     running = []
     for contender in contenders:

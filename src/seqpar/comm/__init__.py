@@ -39,6 +39,7 @@ from seqpar.comm.differentiable import (
     send_recv_steps,
     send_steps,
 )
+from seqpar.comm.dtensor import is_dtensor, on_shards, on_whole, refuse_dtensor
 from seqpar.comm.failure import CommError
 from seqpar.comm.graphs import StepGraphs
 from seqpar.comm.handle import Handle, Mark
@@ -114,8 +115,11 @@ __all__ = [
     "interleave",
     "interleave_steps",
     "is_deterministic",
+    "is_dtensor",
     "is_wrapped",
     "layout_groups",
+    "on_shards",
+    "on_whole",
     "record",
     "recv",
     "recv_async",
@@ -124,6 +128,7 @@ __all__ = [
     "reduce_scatter",
     "reduce_scatter_async",
     "reduce_scatter_steps",
+    "refuse_dtensor",
     "run",
     "send",
     "send_async",

@@ -31,6 +31,7 @@ from seqpar.layers.pipeline import PipelineStage
 from seqpar.layers.placed import PlacedCore
 from seqpar.layers.qship import QShipDecodeAttention
 from seqpar.layers.ring import CachedKV, RingAttention, placed_rows
+from seqpar.layers.segments import compile_segments, restore_segments
 from seqpar.layers.striped import (
     heads_to_stripes,
     heads_to_stripes_steps,
@@ -76,6 +77,7 @@ __all__ = [
     "USPAttention",
     "UlyssesAttention",
     "VocabParallelEmbedding",
+    "compile_segments",
     "gather_rows",
     "gather_rows_steps",
     "gather_state_dict",
@@ -84,6 +86,7 @@ __all__ = [
     "iter_sources",
     "name_modules",
     "placed_rows",
+    "restore_segments",
     "stripes_to_heads",
     "stripes_to_heads_steps",
     "sync_gradients",

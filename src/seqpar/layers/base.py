@@ -8,6 +8,7 @@ safetensors, `state_dict`, gathering a checkpoint and summing gradients all foll
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
@@ -19,6 +20,12 @@ from seqpar.partition import Layout, Piece, Range, layout_names
 
 __all__ = ["ShardedModule", "Source", "gather_state_dict", "iter_sources", "name_modules", "sync_gradients"]
 
+
+WHOLE = "pass `.full_tensor()`, which is sliced here"
+UNSHARD = (
+    "FSDP shards it between calls: load and save weights before `fully_shard`, or gather them by `layer.unshard()` and "
+    "`gather_state_dict`"
+)
 
 Found = TypeVar("Found")
 Part = TypeVar("Part", bound=nn.Module)
@@ -121,10 +128,12 @@ class ShardedModule(nn.Module):
 
         Raises:
             ValueError: a tensor has another shape than this layer was built for.
+            TypeError: one is a DTensor.
         """
         for name, source in self.sources().items():
             tensor = tensors[name]
             assert tensor is not None, name
+            comm.refuse_dtensor(tensor, name, WHOLE)
             if tuple(tensor.shape) != source.shape:
                 raise ValueError(f"`{name}` must have shape {list(source.shape)}, got {list(tensor.shape)}")
             if not tensor.is_meta:
@@ -136,6 +145,7 @@ class ShardedModule(nn.Module):
 
     def gather_source(self, name: str) -> Tensor:
         """The unsharded tensor `name`, on every rank of `shard_group` (one all-gather of this rank's pieces)."""
+        comm.refuse_dtensor(self._parameter(self.sources()[name].param), name, UNSHARD)
         source, group = self.sources()[name], self.shard_group
         size = 1 if group is None else group.size()
         per_rank = [source] if group is None else [self.sources(rank)[name] for rank in range(size)]
@@ -175,6 +185,7 @@ class ShardedModule(nn.Module):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         for name, source in self.sources().items():
             param = self._parameter(source.param)
+            comm.refuse_dtensor(param, prefix + name, UNSHARD)
             whole = len(source.pieces) == 1 and source.local_shape == tuple(param.shape)
             value = param if keep_vars else param.detach()
             destination[prefix + name] = value if whole else self._local(source, value)
@@ -211,6 +222,8 @@ class ShardedModule(nn.Module):
 
     def _load_one(self, source: Source, name: str, key: str, tensor: Tensor, error_msgs: list[str]) -> None:
         """Copy a whole tensor's pieces, or this rank's slice; note an error where it is neither."""
+        comm.refuse_dtensor(tensor, key, WHOLE)
+        comm.refuse_dtensor(self._parameter(source.param), key, UNSHARD)
         if tuple(tensor.shape) == source.shape:
             self.load_source(name, tensor)
         elif tuple(tensor.shape) == source.local_shape:
@@ -364,6 +377,8 @@ def sync_gradients(root: nn.Module, groups: Groups) -> None:
     parallel training; those of q/k norms and of replicated KV heads also over `tp`. Afterwards each parameter's
     gradient is its slice of the unsharded one.
 
+    Where FSDP has sharded a gradient over an outer mesh axis, each rank sums its shard of it.
+
     Parameters of modules that are not the library's (an adapter around a linear) say themselves over which groups
     theirs is partial: set `param.gradient_groups = (groups.tp, groups.sp)`, or `()` for none.
 
@@ -394,7 +409,7 @@ def _summed(param: nn.Parameter, groups: Iterable[ProcessGroup], label: str) -> 
     """The gradient of a parameter (zeros where it has none) summed over groups."""
     grad = torch.zeros_like(param) if param.grad is None else param.grad
     for group in groups:
-        grad = comm.all_reduce(grad, group=group, label=f"{label}.grad")
+        grad = comm.on_shards(grad, partial(comm.all_reduce, group=group, label=f"{label}.grad"))
     return grad
 
 

@@ -176,6 +176,7 @@ class ParallelAttention(nn.Module):
         core: str | None = None,
     ) -> Steps[Float[Tensor, "t_out m"]]:
         """See `forward`; yields where its parts do."""
+        comm.refuse_dtensor(x, "x")
         group, options = find_layout(self.tp_groups, layout), given(layout=layout)
         attend = self.find_core(core)
         x = yield from enter_steps(
@@ -233,6 +234,9 @@ class ParallelDecoderLayer(nn.Module):
         groups: the ranks it runs over.
         sequence_sharded: activations between the linears are split over `tp` as well as `sp` (arXiv:2205.05198).
     """
+
+    segments: ClassVar[tuple[str, ...]] = ("join",)
+    join = staticmethod(add_rms_norm)
 
     def __init__(
         self,
@@ -341,7 +345,7 @@ class ParallelDecoderLayer(nn.Module):
                 return x
         norm = self.post_attention_layernorm
         if is_plain(norm) and x.dtype == attended.dtype:
-            normed, x = add_rms_norm(x, attended, norm.weight, norm.eps)
+            normed, x = self.join(x, attended, norm.weight, norm.eps)
         else:
             x = x + attended
             normed = yield from comm.call(norm, x)
@@ -397,6 +401,7 @@ class ParallelDecoderLayer(nn.Module):
 
     def _check(self, x: Tensor, batch: RaggedBatch, layout: Layout | None, core: str | None) -> Range:
         """The tokens of this sequence rank, after checking that `x` holds them (or this rank's share of them)."""
+        comm.refuse_dtensor(x, "x")
         place = find_layout(self.ranks, layout)
         check_gradients(self.parameters(), layout, self.ranks[None].layout)
         tokens = even_ranges(batch.num_tokens, place.layout.sp)[place.sp_rank]

@@ -266,6 +266,7 @@ class ParallelLMHead(ShardedModule):
     ) -> Steps[Float[Tensor, "rows v"]]:
         """See `forward`; yields at the gather of `rows` and at the gather of the logits."""
         weight = self.weight_rows()
+        comm.refuse_dtensor(x, "x")
         if x.ndim != 2 or x.shape[1] != self.in_features:
             raise ValueError(f"`x` must have shape [T, {self.in_features}], got {list(x.shape)}")
         if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
@@ -370,6 +371,7 @@ def gather_rows(
 
 
 def _check_ids(ids: Tensor, num_embeddings: int) -> None:
+    comm.refuse_dtensor(ids, "ids")
     if ids.ndim != 1 or ids.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"`ids` must be an integer tensor of shape [T], got {ids.dtype} {list(ids.shape)}")
     if not ids.numel():

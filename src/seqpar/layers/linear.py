@@ -32,6 +32,8 @@ __all__ = ["ColumnParallelLinear", "GateUpParallelLinear", "QKVParallelLinear", 
 Sharded = TypeVar("Sharded", bound="_ShardedLinear")
 
 
+CALL = "FSDP shards it between calls: call the module that it was given, by `forward`"
+
 Tokens: TypeAlias = int | tuple[int, ...]
 """T tokens, shared out by `even_split`, or how many each rank holds."""
 
@@ -104,6 +106,8 @@ class _ShardedLinear(ShardedModule):
         return find_layout(self.shards, self.layout if layout is None else layout)
 
     def _check(self, x: Tensor, features: int) -> None:
+        comm.refuse_dtensor(x, "x")
+        comm.refuse_dtensor(self.weight, "weight", CALL)
         if x.ndim != 2 or x.shape[1] != features:
             raise ValueError(f"`x` must have shape [T, {features}], got {list(x.shape)}")
         if x.dtype != self.weight.dtype and not torch.is_autocast_enabled(x.device.type):
@@ -385,7 +389,11 @@ class QKVParallelLinear(_ColumnParallel):
     def _sum_replicated_kv(self, param: nn.Parameter) -> None:
         """Add up the gradients of k and v rows that several tensor-parallel ranks store."""
         assert param.grad is not None
-        total = param.grad.new_zeros(2 * self.heads.num_kv_heads * self.head_dim, *param.shape[1:])
+        param.grad = comm.on_whole(param.grad, self._replicated_kv_summed)
+
+    def _replicated_kv_summed(self, grad: Tensor) -> Tensor:
+        """The gradient of all stored rows, in which those of k and v are sums over the ranks that store them too."""
+        total = grad.new_zeros(2 * self.heads.num_kv_heads * self.head_dim, *grad.shape[1:])
         pieces: list[tuple[Range, Range]] = []
         kinds: tuple[Literal["k", "v"], ...] = ("k", "v")
         for i, which in enumerate(kinds):
@@ -393,10 +401,11 @@ class QKVParallelLinear(_ColumnParallel):
             mine = self.heads.pieces(self.group.rank(), which, self.head_dim)
             pieces += [(piece.local, piece.full.shift(offset)) for piece in mine]
         for local, full in pieces:
-            total[slice(*full)] = param.grad[slice(*local)]
+            total[slice(*full)] = grad[slice(*local)]
         total = comm.all_reduce(total, group=self.group, label=f"{self.label}.grad")
         for local, full in pieces:
-            param.grad[slice(*local)] = total[slice(*full)]
+            grad[slice(*local)] = total[slice(*full)]
+        return grad
 
     def _views(self, layout: Layout, rank: int) -> tuple[Range, ...]:
         views = self.heads.views(self.group.rank(), layout, rank)

@@ -36,6 +36,8 @@ class ParallelMLP(nn.Module):
 
     label: str = ""
     unnamed: ClassVar[tuple[str, ...]] = ("gate_up_proj",)
+    segments: ClassVar[tuple[str, ...]] = ("activate",)
+    activate = staticmethod(swiglu)
 
     def __init__(
         self,
@@ -120,6 +122,7 @@ class ParallelMLP(nn.Module):
         self, x: Float[Tensor, "t m"], *, layout: Layout | None = None, num_tokens: Tokens | None = None
     ) -> Steps[Float[Tensor, "t m"]]:
         """See `forward`; yields where its linears do."""
+        comm.refuse_dtensor(x, "x")
         group, blocks = find_layout(self.places, layout)
         options = given(layout=layout)
         x = yield from enter_steps(
@@ -131,7 +134,7 @@ class ParallelMLP(nn.Module):
             wire=self.wire,
         )
         gate_up = yield from comm.call(self.gate_up_proj, x, **options)
-        hidden = swiglu(gate_up, blocks, consume=comm.splits(self.gate_up_proj))  # else a hook may have kept it
+        hidden = self.activate(gate_up, blocks, consume=comm.splits(self.gate_up_proj))  # else a hook may have kept it
         uneven = given(num_tokens=num_tokens if isinstance(num_tokens, tuple) else None)
         out: Tensor = yield from comm.call(self.down_proj, hidden, **options, **uneven)
         return out

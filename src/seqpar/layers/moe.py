@@ -234,6 +234,7 @@ class ParallelMoE(nn.Module):
         return comm.run(self.steps(x, layout=layout, num_tokens=num_tokens))
 
     def _check(self, x: Tensor) -> None:
+        comm.refuse_dtensor(x, "x")
         if x.ndim != 2 or x.shape[1] != self.hidden_size:
             raise ValueError(f"`x` must have shape [T, {self.hidden_size}], got {list(x.shape)}")
         dtype = next(self.parameters()).dtype

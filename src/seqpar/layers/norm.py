@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeGuard
+from typing import ClassVar, TypeGuard
 
 import torch
 from jaxtyping import Float
@@ -28,6 +28,9 @@ class RMSNorm(ShardedModule):
         over_tp: the norm sees other tokens or heads on each tensor-parallel rank (sequence-sharded activations, q/k
             norms), so that `sync_gradients` sums over `tp` too.
     """
+
+    segments: ClassVar[tuple[str, ...]] = ("normalise",)
+    normalise = staticmethod(rms_norm)
 
     def __init__(
         self,
@@ -72,7 +75,8 @@ class RMSNorm(ShardedModule):
                 raise ValueError(f"`norm` must be an RMS norm, weight times the normed input, got {norm}")
 
     def forward(self, x: Float[Tensor, "*tokens m"]) -> Float[Tensor, "*tokens m"]:
-        return rms_norm(x, self.weight, self.eps)
+        comm.refuse_dtensor(x, "x")
+        return self.normalise(x, self.weight, self.eps)
 
     def sources(self, rank: int | None = None) -> dict[str, Source]:
         return {"weight": Source.whole(tuple(self.weight.shape), "weight")}

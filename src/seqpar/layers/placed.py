@@ -164,6 +164,7 @@ class PlacedCore(nn.Module):
         kv: PagedKV | None,
         tokens: int,
     ) -> None:
+        comm.refuse_dtensor(qkv, "qkv")
         core, group = self.beside, self.inner.group
         shape = (tokens, core.heads.width(core.rank // core.heads.sp) * core.head_dim)
         if tuple(qkv.shape) != shape:

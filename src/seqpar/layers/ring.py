@@ -175,6 +175,8 @@ class PlacedAttention(nn.Module):
 
     def _check(self, q: Tensor, k: Tensor, v: Tensor, batch: RaggedBatch, cached: CachedKV | None) -> None:
         """Refuse what does not fit before the first collective."""
+        for x, name in ((q, "q"), (k, "k"), (v, "v")):
+            comm.refuse_dtensor(x, name)
         rank, own = self.group.rank(), self._held(batch)
         wanted = count_tokens(own[rank])
         shapes = [(wanted, heads, self.head_dim) for heads in (self.num_heads, self.num_kv_heads, self.num_kv_heads)]

@@ -74,6 +74,8 @@ class UlyssesAttention(nn.Module):
 
     label: str = ""
     unnamed: ClassVar[tuple[str, ...]] = ("sinks",)
+    segments: ClassVar[tuple[str, ...]] = ("turn", "norm_turn")
+    turn, norm_turn = staticmethod(rotary), staticmethod(norm_rotary)
 
     def __init__(
         self,
@@ -274,6 +276,7 @@ class UlyssesAttention(nn.Module):
         return partial(pack_heads, plan=exchange.heads, cos=cos[rows], sin=sin[rows], q_norm=q_norm, k_norm=k_norm)
 
     def _check(self, qkv: Tensor, tokens: int, exchange: _Exchange) -> None:
+        comm.refuse_dtensor(qkv, "qkv")
         columns = max(r.stop for ranges in exchange.columns for r in ranges)
         if qkv.ndim != 2 or tuple(qkv.shape) != (tokens, columns):
             raise ValueError(
@@ -335,14 +338,13 @@ class UlyssesAttention(nn.Module):
         k, v = mine[:, queries:].view(tokens, self.num_kv_heads, 2, self.head_dim).unbind(2)
         return q, k, v
 
-    @staticmethod
-    def prepare(norm: nn.Module | None, x: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
+    def prepare(self, norm: nn.Module | None, x: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
         """Norm and turn heads."""
         if cos is None or sin is None:
             return x if norm is None else norm(x)
         if norm is not None and is_plain(norm):
-            return norm_rotary(x, norm.weight, norm.eps, cos, sin)
-        return rotary(x if norm is None else norm(x), cos, sin)
+            return self.norm_turn(x, norm.weight, norm.eps, cos, sin)
+        return self.turn(x if norm is None else norm(x), cos, sin)
 
     def _check_sinks(self, sinks: HeadParameter) -> None:
         """Refuse sinks that are not one number for each query head of this rank."""

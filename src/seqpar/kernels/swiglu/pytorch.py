@@ -21,8 +21,8 @@ __all__ = ["swiglu"]
 
 
 def swiglu(gate_up: Float[Tensor, "t c"], blocks: Sequence[int], *, consume: bool = False) -> Float[Tensor, "t c//2"]:
-    """`seqpar.kernels.swiglu.reference`; with gradients, that itself."""
-    if wants_grad(gate_up):
+    """`seqpar.kernels.swiglu.reference`; with gradients, or for a compiler, which has ways of its own, that itself."""
+    if wants_grad(gate_up) or torch.compiler.is_compiling():
         return reference.swiglu(gate_up, blocks)
     if consume and len(blocks) == 1:
         gate, up = gate_up.chunk(2, 1)
