@@ -200,3 +200,17 @@ def test_training_is_that_of_one_process(case: tuple[int, int, int]) -> None:
 def test_examples_run_under_torchrun(script: str) -> None:
     done = torchrun(4, f"examples/{script}", "--tp", "2", "--sp", "2")
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_every_technique_is_drawn(ranks: int, tmp_path: Path) -> None:
+    """The pictures of the documentation come out of runs of today's code; each is on a page of its name."""
+    pytest.importorskip("matplotlib")
+    done = torchrun(ranks, "benchmarks/timelines.py", str(tmp_path), "--repeats", "1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    drawn = {picture.name for picture in tmp_path.glob("*.png")}
+    assert drawn, done.stdout
+    for name in drawn:
+        page = (ROOT / "docs" / name).with_suffix(".md")
+        assert f"(pictures/{name})" in page.read_text()
