@@ -116,7 +116,7 @@ def methods(quick: bool) -> list[Method]:
     found.append(Method("Strided, as released, 1/4", "as released", Strided(((1, 1), (4, 4)), faithful=True)))
     for r in (4,) if quick else (2, 4, 8):
         found.append(Method(f"Strided, 1/{r}", "Strided", Strided(((4, r),))))
-    for coverage in (0.9,) if quick else (0.8, 0.9, 0.95, 0.99):
+    for coverage in (0.9,) if quick else (0.8, 0.9, 0.95, 0.97, 0.99):
         found.append(Method(f"TopMass({coverage})", "TopMass", TopMass(coverage)))
     for epsilon in (0.03, 0.0) if quick else (0.1, 0.03, 0.01, 0.001, 0.0):
         found.append(Method(f"Certified({epsilon:g})", "Certified", Certified(epsilon), epsilon))
@@ -353,10 +353,13 @@ def measure(
     head_texts: int,
     shape_tokens: int,
     part: Path | None = None,
+    heads_only: bool = False,
 ) -> Found:
     """Everything, on every rank; `part` holds what there is after each length."""
     reader, done = Reader(), 0
-    total = len(chosen) * (1 + sum(map(len, texts.values()))) + sum(min(len(t), head_texts) for t in texts.values())
+    reads = chosen[:1] if heads_only else chosen
+    total = len(reads) * sum(map(len, texts.values())) + sum(min(len(t), head_texts) for t in texts.values())
+    total += len(chosen) if shape_tokens else 0
     found = Found([], [], [], [])
 
     def step(what: str) -> None:
@@ -365,10 +368,10 @@ def measure(
         done += 1
 
     for length, those in texts.items():
-        sums: dict[Method, list[Tensor]] = {method: [] for method in chosen}
+        sums: dict[Method, list[Tensor]] = {method: [] for method in reads}
         for at, text in enumerate(those):
             dense: Read | None = None
-            for method in chosen:
+            for method in reads:
                 step(f"{length} tokens, text {at + 1} of {len(those)}: {method.name}")
                 read, numbers = read_by(method, text, reader, dense, decodes=at < head_texts)
                 dense = dense or read
@@ -387,7 +390,8 @@ def measure(
         )
         if part and not dist.get_rank():
             store(part, storable(found))
-    found.shapes.extend(look_at_shapes(shape_tokens, chosen, step))
+    if shape_tokens:
+        found.shapes.extend(look_at_shapes(shape_tokens, chosen, step))
     progress(total, total, "done")
     return found
 
@@ -441,13 +445,16 @@ def quantile(values: Sequence[float], q: float) -> float:
     return float(torch.tensor(values, dtype=torch.float64).quantile(q))
 
 
-def summaries_of(found: Found) -> list[Summary]:
-    def key(entry: Case | Reading) -> tuple[int, str]:
-        return entry.length, entry.method
+def summaries_of(found: Found, chosen: Sequence[Method]) -> list[Summary]:
+    """By length, then as methods are chosen."""
+    order = {method.name: at for at, method in enumerate(chosen)}
 
-    readings, order = {key(reading): reading for reading in found.readings}, [key(r) for r in found.readings]
-    grouped = groupby(sorted(found.cases, key=lambda case: order.index(key(case))), key)
-    return [summary_of(list(cases), readings[at]) for at, cases in grouped]
+    def place(entry: Case | Reading) -> tuple[int, int]:
+        return entry.length, order[entry.method]
+
+    readings = {place(reading): reading for reading in found.readings}
+    grouped = groupby(sorted(found.cases, key=place), place)
+    return [summary_of(list(cases), readings.get(at)) for at, cases in grouped]
 
 
 def accuracy(reading: Reading) -> float:
@@ -528,17 +535,28 @@ def _methods_table(entries: Sequence[Summary]) -> list[str]:
         "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for entry in entries:
-        reading = entry.reading
-        assert reading is not None and dense is not None
         certificate = "" if entry.certificate is None else f"{entry.certificate:.2g}"
-        perplexity = f"{math.exp(reading.loss):.2f}" if reading is dense else f"{more_perplexity(reading):+.2f} %"
-        lines.append(
-            f"| {entry.method} | {reading.bytes_ratio:.3f} | {entry.bytes_median:.3f} | {entry.bytes_p90:.3f} | "
-            f"{entry.worst:.2g} | {entry.mean:.2g} | {certificate} | {entry.relative:.2g} | {reading.tokens} | "
-            f"{1000 * reading.kl:.3g} | {perplexity} | {100 * reading.same:.1f} % | {accuracy(reading):.1f} % | "
-            f"{share(reading.decode)} |"
-        )
+        cells = [f"{entry.bytes_median:.3f}", f"{entry.bytes_p90:.3f}", f"{entry.worst:.2g}", f"{entry.mean:.2g}"]
+        cells += [certificate, f"{entry.relative:.2g}"]
+        whole, *rest = _reading_cells(entry.reading, dense)
+        lines.append(f"| {' | '.join([entry.method, whole, *cells, *rest])} |")
     return lines
+
+
+def _reading_cells(reading: Reading | None, dense: Reading | None) -> list[str]:
+    """Bytes, tokens, KL and so on; nothing where heads alone were looked at."""
+    if reading is None:
+        return [""] * 7
+    perplexity = f"{math.exp(reading.loss):.2f}" if reading is dense else f"{more_perplexity(reading):+.2f} %"
+    return [
+        f"{reading.bytes_ratio:.3f}",
+        f"{reading.tokens}",
+        f"{1000 * reading.kl:.3g}",
+        perplexity,
+        f"{100 * reading.same:.1f} %",
+        f"{accuracy(reading):.1f} %",
+        share(reading.decode),
+    ]
 
 
 def share(hits: tuple[int, int]) -> str:
@@ -613,10 +631,14 @@ def picture(path: Path, summaries: Sequence[Summary], chosen: Sequence[Method], 
     for panels, length in zip(grid, lengths, strict=True):
         entries = [entry for entry in summaries if entry.length == length]
         for name in dict.fromkeys(family[entry.method] for entry in entries):
-            these = [entry for entry in entries if family[entry.method] == name and entry.reading is not None]
+            these = [entry for entry in entries if family[entry.method] == name]
             for panel, (values, label, scale) in zip(panels, _panels(these), strict=True):
                 heads = label.startswith("error")
-                across = [e.bytes_median if heads else e.reading.bytes_ratio for e in these if e.reading is not None]
+                across = [
+                    entry.bytes_median if heads else entry.reading.bytes_ratio
+                    for entry in these
+                    if heads or entry.reading is not None
+                ]
                 panel.plot(across, values, "*" if name == "dense" else "o-", markersize=5, label=name)
                 panel.set(yscale=scale, xlabel="bytes ÷ dense exchange", xlim=(0, None))
                 panel.set_title(f"{length} tokens: {label}", fontsize=9, loc="left")
@@ -696,19 +718,21 @@ def main() -> None:
         "--only", nargs="+", default=(), metavar="NAME", help="policies, or families, beside the dense exchange"
     )
     arguments.add_argument("--add", type=Path, nargs="+", default=(), metavar="JSON", help="what other runs wrote")
+    arguments.add_argument("--heads", action="store_true", help="layers and KV heads alone, by dense activations")
+    arguments.add_argument("--shapes", type=int, help="tokens for the 8B layer; 0 for none")
     arguments.epilog = "a run that is stopped leaves FILE.part.json, for --add"
     args = arguments.parse_args()
     everything = methods(args.quick)
     chosen = [m for m in everything if m.policy is None or not args.only or {m.family, m.name} & set(args.only)]
     lengths, tokens = ((512,), 512) if args.quick else (tuple(args.lengths), args.tokens)
     texts = {n: draw(n, max(1, (tokens or (TOKENS if n >= LONG else FEWER)) // n)) for n in lengths}
-    shape_tokens = 256 if args.quick else SHAPE_TOKENS
+    shape_tokens = (256 if args.quick else SHAPE_TOKENS) if args.shapes is None else args.shapes
     runs = [stored(path) for path in args.add]
     if lengths:
         part = args.json and args.json.with_suffix(".part.json")
-        runs.append(launch(RANKS, measure, chosen, texts, HEAD_TEXTS, shape_tokens, part))
+        runs.append(launch(RANKS, measure, chosen, texts, HEAD_TEXTS, shape_tokens, part, args.heads))
     found, chosen = joined(runs, everything), everything
-    summaries = summaries_of(found)
+    summaries = summaries_of(found, chosen)
     rows = rows_of(summaries, chosen)
     tables = tables_of(found, summaries, rows)
     about = meta(

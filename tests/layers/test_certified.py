@@ -55,10 +55,12 @@ def longest_seen(case: Case, full: list[list[Tensor]], kv_head_of: tuple[int, ..
     return torch.cat(found)
 
 
-def certified(mesh: comm.DeviceMesh, cases: list[Case], policy: Certified, dtype: torch.dtype) -> float:
+def certified(
+    mesh: comm.DeviceMesh, cases: list[Case], policy: Certified, dtype: torch.dtype, exchange: str = "ring"
+) -> float:
     groups, worst = comm.groups(mesh), 0.0
     for case in cases:
-        core, (full, _) = layer(case, groups, policy), inputs(case, dtype)
+        core, (full, _) = layer(case, groups, policy, exchange=exchange), inputs(case, dtype)
         batch, new, cached = local(case, core, full)
         with torch.no_grad(), comm.record() as sent:
             found = core.attend(*new, batch, cached)
@@ -108,21 +110,35 @@ def test_forms_and_dtypes(policy: Certified, dtype: torch.dtype) -> None:
     run_mesh((1, 2), certified, FEW, policy, dtype)
 
 
-def without_error(mesh: comm.DeviceMesh, cases: list[Case], dtype: torch.dtype) -> None:
-    worst = certified(mesh, cases, Certified(0.0), dtype)
+@pytest.mark.parametrize(
+    "case",
+    thinned([(3, MIXED[::3]), (1, FEW), *((n, CASES) for n in (2, 3, 4))], lambda case: case[1] is not CASES),
+    ids=["3", "1", "2 all", "3 all", "4 all"],
+)
+def test_bounds_of_queries_that_travel_to_their_heads(case: tuple[int, list[Case]]) -> None:
+    """Certified where the heads are, and brought home with the outputs."""
+    cases = [each for each in case[1] if HEADS[each.heads][0] >= case[0]]
+    assert cases
+    for policy in (Certified(0.02, first=(2, 0)), Certified(1e-9, targets=(1.0,))):
+        run_mesh((1, case[0]), certified, cases, policy, torch.float32, "ulysses")
+
+
+def without_error(mesh: comm.DeviceMesh, cases: list[Case], dtype: torch.dtype, exchange: str) -> None:
+    worst = certified(mesh, cases, Certified(0.0), dtype, exchange)
     assert worst < {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float64: 1e-14}[dtype]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_epsilon_zero_is_exact(dtype: torch.dtype) -> None:
-    run_mesh((1, 3), without_error, MIXED if dtype == torch.float64 else FEW, dtype)
+    run_mesh((1, 3), without_error, MIXED if dtype == torch.float64 else FEW, dtype, "ring")
+    run_mesh((1, 3), without_error, FEW, dtype, "ulysses")
 
 
-def with_tensor_parallelism(mesh: comm.DeviceMesh) -> None:
+def with_tensor_parallelism(mesh: comm.DeviceMesh, exchange: str) -> None:
     groups, case = comm.groups(mesh), CASES[0]
     heads = HeadMap(*HEADS["gqa"], tp=2)
     tp_rank = groups.tp.rank()
-    core = CSAAttention(heads, DIM, group=groups.sp, policy=Certified(0.02), tp_rank=tp_rank)
+    core = CSAAttention(heads, DIM, group=groups.sp, policy=Certified(0.02), tp_rank=tp_rank, exchange=exchange)
     full, _ = inputs(case, torch.float32)
     batch = RaggedBatch.prefill(case.q_lens)
     rows, q_heads, kv_heads = core.rows(batch), slice(*heads.q_shard(tp_rank)), slice(*heads.kv_shard(tp_rank))
@@ -134,7 +150,8 @@ def with_tensor_parallelism(mesh: comm.DeviceMesh) -> None:
 
 
 def test_it_holds_the_heads_of_a_tensor_parallel_shard() -> None:
-    run_mesh((2, 2), with_tensor_parallelism)
+    for exchange in ("ring", "ulysses"):
+        run_mesh((2, 2), with_tensor_parallelism, exchange)
 
 
 @pytest.mark.parametrize("epsilon", [-0.1, float("nan"), float("inf")])
@@ -148,6 +165,7 @@ def test_other_options_that_are_none_are_refused() -> None:
         ({"targets": (1.0, 0.0)}, "`targets` must be up to 3 positive numbers"),
         ({"targets": (1.0,) * 4}, "`targets` must be up to 3 positive numbers"),
         ({"plan_rows": 0}, "`plan_rows` must be at least 1"),
+        ({"narrow": -1}, "`narrow` must be at least 0 tokens, got -1"),
     ):
         with pytest.raises(ValueError, match=message):
             Certified(0.1, **options)

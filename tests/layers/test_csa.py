@@ -14,6 +14,7 @@ from seqpar.kernels.quantize import decode, encode, encoded_width
 from seqpar.kernels.sparse import decode_sketch, encode_sketch, sketch_bytes
 from seqpar.kv import StripedKV
 from seqpar.layers import CachedKV, CSAAttention, CSAResult, Policy, Strided, TopMass, tokens_to_stripes
+from seqpar.layers.csa import seats
 from seqpar.partition import HeadMap, RingOrder, Striping, even_ranges
 from seqpar.ragged import RaggedBatch
 from tests.comm.fakes import Clock
@@ -47,16 +48,17 @@ def positions(runs: Any) -> list[int]:
     return [p for run in runs for p in run.positions]
 
 
-def exact(mesh: comm.DeviceMesh, cases: list[Case], policy: Policy) -> None:
+def exact(mesh: comm.DeviceMesh, cases: list[Case], policy: Policy, exchange: str = "ring") -> None:
     groups = comm.groups(mesh)
     for case in cases:
-        core, (full, _) = layer(case, groups, policy), inputs(case)
+        core, (full, _) = layer(case, groups, policy, exchange=exchange), inputs(case)
         batch, new, cached = local(case, core, full)
         with torch.no_grad():
             found = core.attend(*new, batch, cached)
             wanted = torch.cat(expected(case, full))[core.rows(batch)]
         torch.testing.assert_close(found.out, wanted, rtol=1e-11, atol=1e-12, msg=lambda m, c=case: f"{c}: {m}")
-        assert found.bound is None and found.rounds == (groups.sp.size() > 1)
+        assert found.bound is None
+        assert found.rounds == (groups.sp.size() > 1) * (1 if exchange == "ring" else 2)
 
 
 @pytest.mark.parametrize("ranks", thinned([1, 2, 3, 4], lambda ranks: ranks in (1, 3)))
@@ -70,12 +72,42 @@ def test_whole_keys_are_exact() -> None:
     run_mesh((1, 3), exact, CASES, Strided(((1, 1), (3, 4)), sinks=0, recent=200))
 
 
-def offered(order: RingOrder, rank: int, policy: Strided, request: int, window: int | None) -> list[list[int]]:
-    """By the definition: the keys of a request that `rank` has or is sent, each alone or with those it stands for."""
-    asked = positions(order.q[rank][request])
+def by_heads(case: Case, ranks: int) -> bool:
+    return HEADS[case.heads][0] >= ranks
+
+
+@pytest.mark.parametrize("ranks", thinned([1, 2, 3, 4], lambda ranks: ranks == 3))
+def test_queries_that_travel_to_their_heads_find_the_same(ranks: int) -> None:
+    """Nothing is left out: by one level of degree one, by recent keys that are all, by full coverage."""
+    cases = [case for case in CASES if by_heads(case, ranks)]
+    assert len(cases) >= 4
+    for policy in (Strided(((ranks, 1),), sinks=0, recent=0), TopMass(1.0)):
+        run_mesh((1, ranks), exact, cases, policy, "ulysses")
+    levels = ((1, 1), (ranks, 4)) if ranks > 1 else ((1, 1),)
+    run_mesh((1, ranks), exact, cases[::2], Strided(levels, sinks=0, recent=200), "ulysses")
+
+
+def sees(order: RingOrder, rank: int, owner: int) -> bool:
+    pairs = zip(order.q[rank], order.kv[owner], strict=True)
+    return any(max(positions(q), default=-1) >= min(positions(kv), default=1000) for q, kv in pairs)
+
+
+def offered(
+    order: RingOrder, rank: int, policy: Strided, request: int, window: int | None, seat: int | None = None
+) -> list[list[int]]:
+    """By the definition: the keys of a request that `rank` has or is sent, each alone or with those it stands for.
+
+    Or that its queries find at `seat`: all keys there, and of others what serves all who see some.
+    """
     found = [[key] for key in positions(order.kv[rank][request])]
     for owner in set(range(order.ranks)) - {rank}:
-        shared = [degree for group, degree in policy.levels if rank // group == owner // group]
+        askers = [rank] if seat is None else [each for each in range(order.ranks) if each != owner]
+        asked = [own for each in askers for own in positions(order.q[each][request])]
+        near = [each for each in askers if seat is None or sees(order, each, owner)]
+        shared = [degree for group, degree in policy.levels if any(each // group == owner // group for each in near)]
+        if owner == seat:
+            found += [[key] for key in positions(order.kv[owner][request])]
+            continue
         for run in order.kv[owner][request]:
             keys = [key for key in run.positions if any(visible(key, own, window) for own in asked)]
             whole = [k for k in keys if k < policy.sinks or any(own - policy.recent < k <= own for own in asked)]
@@ -102,22 +134,23 @@ def check_heads(
     keys: list[list[list[int]]],
     tolerance: float = 1e-11,
 ) -> None:
-    """These rows are attention to `keys[KV head]`: of each group of r the one whose turn it is, with log r added."""
+    """These rows are attention to `keys[head]`: of each group of r the one whose turn it is, with log r added."""
     q, k, v = qkv
     for head, of in enumerate(core.kv_head_of):
-        index = [group[of % len(group)] for group in keys[of]]
-        weight = torch.tensor([len(group) for group in keys[of]], dtype=torch.float64).log()
-        seen = torch.tensor([[visible(group[-1], own, core.window) for group in keys[of]] for own in asked])
+        index = [group[of % len(group)] for group in keys[head]]
+        weight = torch.tensor([len(group) for group in keys[head]], dtype=torch.float64).log()
+        seen = torch.tensor([[visible(group[-1], own, core.window) for group in keys[head]] for own in asked])
         scores = (q[:, head] @ k[index, of].T * core.softmax_scale + weight).masked_fill(~seen, -torch.inf)
         torch.testing.assert_close(found.lse[rows, head], scores.logsumexp(1), rtol=tolerance, atol=tolerance)
         out = scores.softmax(1) @ v[index, of]
         torch.testing.assert_close(found.out[rows, head], out, rtol=tolerance, atol=tolerance)
 
 
-def defined(mesh: comm.DeviceMesh, cases: list[Case], policy: Strided) -> None:
+def defined(mesh: comm.DeviceMesh, cases: list[Case], policy: Strided, exchange: str) -> None:
     groups = comm.groups(mesh)
     for case in cases:
-        core, (full, _) = layer(case, groups, policy), inputs(case)
+        core, (full, _) = layer(case, groups, policy, exchange=exchange), inputs(case)
+        seats = [r for r, part in enumerate(core.parts) for _ in range(*part.q)]
         batch, new, cached = local(case, core, full)
         order, rank, row = core.order(batch, cached), groups.sp.rank(), 0
         with torch.no_grad():
@@ -126,7 +159,9 @@ def defined(mesh: comm.DeviceMesh, cases: list[Case], policy: Strided) -> None:
             asked = positions(order.q[rank][request])
             rows, row = slice(row, row + len(asked)), row + len(asked)
             if asked:
-                keys = [offered(order, rank, policy, request, case.window)] * core.num_kv_heads
+                where = [None] * core.num_heads if exchange == "ring" else seats
+                each = {seat: offered(order, rank, policy, request, case.window, seat) for seat in set(where)}
+                keys = [each[seat] for seat in where]
                 check_heads(found, rows, core, [new[0][rows], k, v], asked, keys)
         assert row == len(found.out)
 
@@ -136,7 +171,15 @@ SAMPLED = [(4, ((2, 2), (4, 5))), (2, ((2, 7),)), (3, ((1, 1), (3, 4))), (4, ((2
 
 @pytest.mark.parametrize("case", thinned(SAMPLED, lambda case: case == SAMPLED[0]), ids=str)
 def test_what_is_sampled_is_what_the_definition_says(case: tuple[int, tuple[tuple[int, int], ...]]) -> None:
-    run_mesh((1, case[0]), defined, CASES[:7], Strided(case[1], sinks=2, recent=3))
+    run_mesh((1, case[0]), defined, CASES[:7], Strided(case[1], sinks=2, recent=3), "ring")
+
+
+@pytest.mark.parametrize("case", thinned(SAMPLED, lambda case: case == SAMPLED[2]), ids=str)
+def test_what_is_sampled_for_the_rank_of_a_head_is_what_the_definition_says(
+    case: tuple[int, tuple[tuple[int, int], ...]],
+) -> None:
+    cases = [each for each in CASES[:7] if by_heads(each, case[0])]
+    run_mesh((1, case[0]), defined, cases, Strided(case[1], sinks=2, recent=3), "ulysses")
 
 
 def restated(
@@ -202,7 +245,7 @@ def test_denominators_in_half_precision_overflow_in_the_faithful_form_alone() ->
     assert run_mesh((1, 2), overflowing) == [(False, True)] * 2
 
 
-def sharded(mesh: comm.DeviceMesh, policy: Policy, exactly: bool) -> None:
+def sharded(mesh: comm.DeviceMesh, policy: Policy, exactly: bool, exchange: str = "ring") -> None:
     """Heads of a tensor-parallel shard are sampled as they are in the whole: with its own result, heads in order."""
     groups, whole = comm.groups(mesh), HeadMap(6, 3, 2, 2)
     rank = groups.tp.rank()
@@ -210,7 +253,7 @@ def sharded(mesh: comm.DeviceMesh, policy: Policy, exactly: bool) -> None:
     torch.manual_seed(4)
     q, k, v = (torch.randn(70, heads, DIM, dtype=torch.float64) for heads in (6, 3, 3))
     alone = CSAAttention(HeadMap(6, 3), DIM, group=groups.sp, policy=policy)
-    core = CSAAttention(whole, DIM, group=groups.sp, tp_rank=rank, policy=policy)
+    core = CSAAttention(whole, DIM, group=groups.sp, tp_rank=rank, policy=policy, exchange=exchange)
     rows, own, kv = core.rows(batch), slice(*whole.q_shard(rank)), slice(*whole.kv_shard(rank))
     wanted = attend(q, k, v, None)[rows] if exactly else alone(q[rows], k[rows], v[rows], batch)
     out = core(q[rows, own], k[rows, kv], v[rows, kv], batch)
@@ -222,12 +265,17 @@ def test_composes_with_tensor_parallel_heads(faithfully: bool) -> None:
     run_mesh((2, 2), sharded, Strided(((1, 1), (2, 3)), faithful=faithfully, sinks=1, recent=2), False)
 
 
-def served(mesh: comm.DeviceMesh, policy: Policy) -> None:
+def test_the_ranks_of_heads_compose_with_tensor_parallel_heads() -> None:
+    run_mesh((2, 2), sharded, Strided(((2, 1),)), True, "ulysses")
+
+
+def served(mesh: comm.DeviceMesh, policy: Policy, exchange: str = "ring") -> None:
     """A prompt in slices, its keys dealt out to a striped cache, and steps of few tokens over that."""
     groups, heads = comm.groups(mesh), HeadMap(6, 2)
     rank, striping = groups.sp.rank(), Striping(groups.sp.size(), 2)
-    prompt = CSAAttention(heads, DIM, group=groups.sp, policy=policy)
-    decode = CSAAttention(heads, DIM, group=groups.sp, policy=policy, placement="striped", interleave=2)
+    options: Any = {"group": groups.sp, "policy": policy, "exchange": exchange}
+    prompt = CSAAttention(heads, DIM, **options)
+    decode = CSAAttention(heads, DIM, placement="striped", interleave=2, **options)
     kv = StripedKV(1, 20, striping.period * 2, 2, DIM, striping=striping, rank=rank, dtype=torch.float64)
     torch.manual_seed(5)
     full = [torch.randn(53, h, DIM, dtype=torch.float64) for h in (6, 2, 2)]
@@ -255,6 +303,7 @@ def served(mesh: comm.DeviceMesh, policy: Policy) -> None:
 
 def test_leaves_striped_keys_behind_and_decodes_over_them() -> None:
     run_mesh((1, 3), served, Strided(((3, 1),)))
+    run_mesh((1, 3), served, Strided(((3, 1),)), "ulysses")
 
 
 def overlapped(mesh: comm.DeviceMesh, policy: Policy) -> tuple[float, float, float]:
@@ -278,6 +327,40 @@ def test_transfers_hide_under_the_attention_to_own_keys() -> None:
         assert compute_s == now_s == 2048 and comm_s <= 192 * 4
 
 
+def three_phases(mesh: comm.DeviceMesh, policy: Policy) -> tuple[float, float, float, list[str]]:
+    """Virtual seconds in all, of compute and of transfers, where a query takes one for a key; what is launched when."""
+    groups, clock = comm.groups(mesh), Clock()
+    case, launched = Case("contiguous", heads="mha", q_lens=(256,)), []
+    link = comm.SimulatedLink(0.0, 64.0, clock=clock, sleep=clock.sleep)
+    core, (full, _) = layer(case, groups, policy, exchange="ulysses"), inputs(case)
+    batch, new, _ = local(case, core, full)
+    inner = seats.sparse_attention
+
+    def timed(q: Tensor, k: Tensor, *args: Any, **options: Any) -> Any:
+        clock.advance(float(len(q) * len(k)))
+        launched.append("attend")
+        return inner(q, k, *args, **options)
+
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        Timed(clock, patch)
+        patch.setattr(seats, "sparse_attention", timed)
+        send = seats.comm.send_recv_steps
+        patch.setattr(seats.comm, "send_recv_steps", lambda *a, **o: (launched.append(o["label"]), send(*a, **o))[1])
+        with comm.trace(clock=clock) as t, link.on(groups.sp):
+            core(*new, batch)
+    report = t.report()
+    return clock.now_s, report.compute_s, report.comm_s, launched
+
+
+def test_three_phases_hide_what_travels_to_heads_and_back() -> None:
+    """Ways in under the own attention, 2,048 s; outputs of a rank's tokens, 40 s, under the attention for the next."""
+    for now_s, compute_s, comm_s, launched in run_mesh((1, 4), three_phases, Strided(((4, 4),), sinks=0, recent=0)):
+        assert compute_s == now_s and comm_s > 3 * 40
+        assert launched[:3] == ["csa"] * 3  # keys, and queries before them: then everyone's own keys
+        home = [at for at, what in enumerate(launched) if what == "csa (home)"]
+        assert len(home) == 4 and all("attend" in launched[a:b] for a, b in pairwise(home))
+
+
 def refusals(mesh: comm.DeviceMesh) -> None:
     groups, heads = comm.groups(mesh), HeadMap(4, 2)
     batch = RaggedBatch.prefill([8])
@@ -291,6 +374,7 @@ def refusals(mesh: comm.DeviceMesh) -> None:
         with pytest.raises(ValueError, match="`sinks` and `recent` must be at least 0, got -1 and 64"):
             Strided(((1, 1),), sinks=-1)
         for policy, options, message in (
+            (Strided(((2, 2),)), {"exchange": "heads"}, '`exchange` must be "ring" or "ulysses", got \'heads\''),
             (Strided(((4, 2),)), {}, "`levels` must have groups that divide the 2 ranks, got one of 4"),
             (Strided(((2, 2),)), {"interleave": 2}, "`interleave` must be at least 1, and 1 unless striped, got 2"),
             (Strided(((2, 2),)), {"window": 0}, "`window` must be at least 1 key or None, got 0"),
@@ -306,6 +390,10 @@ def refusals(mesh: comm.DeviceMesh) -> None:
             ValueError, match=r"at most as many ranks as query heads \(1\) where `faithful`, got one of"
         ):
             CSAAttention(HeadMap(1, 1), DIM, group=groups.sp, policy=Strided(((2, 2),), faithful=True))
+        with pytest.raises(
+            ValueError, match=r"`heads` must have a query head for each of the 2 ranks where .*, got 1 in"
+        ):
+            CSAAttention(HeadMap(1, 1), DIM, group=groups.sp, policy=Strided(((2, 2),)), exchange="ulysses")
         core = CSAAttention(heads, DIM, group=groups.sp, policy=Strided(((2, 2),)))
         with pytest.raises(ValueError, match=r"`q`, `k`, `v` must be \[4, 4, 4\], \[4, 2, 4\], \[4, 2, 4\]"):
             core(q[:3], kv, kv, batch)
@@ -323,15 +411,15 @@ def test_bad_input_is_refused_before_anything_is_sent() -> None:
     run_mesh((1, 2), refusals)
 
 
-def broken(mesh: comm.DeviceMesh, policies: list[Policy]) -> None:
+def broken(mesh: comm.DeviceMesh, policies: list[Policy], exchange: str = "ring") -> None:
     """A program that is dropped in flight leaves nothing behind: the group serves the next call."""
     groups, case = comm.groups(mesh), Case("contiguous", q_lens=LONG)
     for policy in policies:
-        core, (full, _) = layer(case, groups, policy), inputs(case)
+        core, (full, _) = layer(case, groups, policy, exchange=exchange), inputs(case)
         batch, new, _ = local(case, core, full)
         with torch.no_grad():
             wanted = core(*new, batch)
-            for stop in range(3):
+            for stop in range(3 if exchange == "ring" else 8):
                 program = core.steps(*new, batch)
                 item = next(program)
                 for _ in range(stop):
@@ -346,12 +434,13 @@ def broken(mesh: comm.DeviceMesh, policies: list[Policy]) -> None:
 def test_a_closed_program_leaves_nothing_in_flight() -> None:
     levels = ((1, 1), (3, 2))
     run_mesh((1, 3), broken, [Strided(levels, sinks=2, recent=4), Strided(levels, faithful=True)])
+    run_mesh((1, 3), broken, [Strided(levels, sinks=2, recent=4), MASSES[0]], "ulysses")
 
 
-def interleaved(mesh: comm.DeviceMesh, policy: Policy) -> None:
+def interleaved(mesh: comm.DeviceMesh, policy: Policy, exchange: str = "ring") -> None:
     """Two batches by turns give what each gives alone, and two runs the same bits."""
     groups, case = comm.groups(mesh), Case("contiguous", q_lens=LONG)
-    core, (full, _) = layer(case, groups, policy), inputs(case, torch.float32)
+    core, (full, _) = layer(case, groups, policy, exchange=exchange), inputs(case, torch.float32)
     batch, new, _ = local(case, core, full)
     with torch.no_grad():
         wanted = core(*new, batch)
@@ -360,18 +449,19 @@ def interleaved(mesh: comm.DeviceMesh, policy: Policy) -> None:
 
 
 def test_programs_by_turns() -> None:
-    run_mesh((1, 3), interleaved, Strided(((1, 1), (3, 2)), sinks=2, recent=4))
+    for exchange in ("ring", "ulysses"):
+        run_mesh((1, 3), interleaved, Strided(((1, 1), (3, 2)), sinks=2, recent=4), exchange)
 
 
-def volumes(mesh: comm.DeviceMesh, case: Case, policy: Strided) -> int:
+def volumes(mesh: comm.DeviceMesh, case: Case, policy: Strided, exchange: str = "ring") -> int:
     """Bytes that this rank sends, which must be what `plan` says and what the result says."""
     groups = comm.groups(mesh)
-    core, (full, _) = layer(case, groups, policy), inputs(case)
+    core, (full, _) = layer(case, groups, policy, exchange=exchange), inputs(case)
     batch, new, cached = local(case, core, full)
     with comm.record() as sent, torch.no_grad():
         found = core.attend(*new, batch, cached)
     heads, kv_heads = HEADS[case.heads]
-    options = {"num_heads": heads, "num_kv_heads": kv_heads, "head_dim": DIM, "itemsize": 8}
+    options = {"num_heads": heads, "num_kv_heads": kv_heads, "head_dim": DIM, "itemsize": 8, "exchange": exchange}
     planned = plan.strided_volumes(policy, core.order(batch, cached), **options)
     assert found.sent_bytes == sent.total.num_bytes == planned[groups.sp.rank()]
     return found.sent_bytes
@@ -380,6 +470,8 @@ def volumes(mesh: comm.DeviceMesh, case: Case, policy: Strided) -> int:
 def test_bytes_are_those_of_the_plan() -> None:
     for case in CASES:
         run_mesh((1, 3), volumes, case, Strided(((1, 1), (3, 4)), sinks=2, recent=5))
+        if by_heads(case, 3):
+            run_mesh((1, 3), volumes, case, Strided(((1, 1), (3, 4)), sinks=2, recent=5), "ulysses")
     for case in FAITHFUL:
         run_mesh((1, 4), volumes, case, Strided(((1, 1), (2, 2), (4, 3)), faithful=True))
 
@@ -399,6 +491,31 @@ def test_bytes_are_those_of_the_formulas() -> None:
     sent = run_mesh((1, 4), volumes, case, Strided(((4, 2),), faithful=True))
     assert sent == [12 * 3 * 3 * DIM * 8 + 36 * (DIM * 8 + 2)] * 4
     assert sent[0] - 36 * 2 == 24 * 3 * 4 * DIM * 8 // 2
+    # 24 queries of the three others' heads, 72 outputs with masses of the own; half of the keys, to one rank each. The
+    # next one is in a group of two with rank 0 and 2 alone.
+    sent = run_mesh((1, 4), volumes, case, Strided(((2, 2), (4, 4)), sinks=0, recent=0), "ulysses")
+    travels = 72 * DIM * 8 + 72 * (DIM + 1) * 8
+    assert sent == [travels + 3 * keys * 2 * DIM * 8 for keys in (12, 6, 12, 0)]
+
+
+def halves(mesh: comm.DeviceMesh, policies: list[Policy]) -> None:
+    """A head that sits where the first rank's keys are is exact, the others find what they find at home."""
+    groups, case = comm.groups(mesh), Case("contiguous", q_lens=(61, 30), heads="mha")
+    full, _ = inputs(case)
+    for policy in policies:
+        cores = [layer(case, groups, policy, exchange=exchange) for exchange in ("ring", "ulysses")]
+        batch, new, _ = local(case, cores[0], full)
+        with torch.no_grad():
+            ring, heads = (core.attend(*new, batch) for core in cores)
+            wanted = torch.cat(expected(case, full))[cores[0].rows(batch)]
+        torch.testing.assert_close(heads.out[:, :2], wanted[:, :2], rtol=1e-11, atol=1e-12)
+        torch.testing.assert_close(heads.out[:, 2:], ring.out[:, 2:], rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(heads.lse[:, 2:], ring.lse[:, 2:], rtol=1e-6, atol=1e-6)
+        assert groups.sp.rank() == 0 or (ring.out - wanted).norm() > 0.1
+
+
+def test_both_exchanges_of_two_ranks_choose_alike() -> None:
+    run_mesh((1, 2), halves, [*MASSES, Strided(((2, 3),), sinks=1, recent=2)])
 
 
 MASSES = [
@@ -432,7 +549,7 @@ def chosen_by_hand(mesh: comm.DeviceMesh, cases: list[Case], policy: TopMass) ->
                                 k[block, of], v[block, of] = keys[:, of], value[of]
                     every = [[key] for key in (*there[request], *chain(*blocks[request]))]
                     # Sketches are decoded in float32, here with others beside them.
-                    check_heads(found, rows, core, [new[0][rows], k, v], asked, [every] * core.num_kv_heads, 1e-6)
+                    check_heads(found, rows, core, [new[0][rows], k, v], asked, [every] * core.num_heads, 1e-6)
         assert found.rounds == 3 and row == len(found.out)
     return counts
 
@@ -527,10 +644,10 @@ def test_what_is_chosen_is_what_the_definition_says(ranks: int) -> None:
         assert 0.1 < share < 0.9, share
 
 
-def mass_volumes(mesh: comm.DeviceMesh, case: Case, coverage: float) -> tuple[int, int]:
+def mass_volumes(mesh: comm.DeviceMesh, case: Case, coverage: float, exchange: str = "ring") -> tuple[int, int]:
     """What this rank sends: counted, said by the result, and its openings and bits alone by the plan of positions."""
     groups, policy = comm.groups(mesh), TopMass(coverage, block=4, sinks=2, recent=3)
-    core, (full, _) = layer(case, groups, policy), inputs(case)
+    core, (full, _) = layer(case, groups, policy, exchange=exchange), inputs(case)
     batch, new, cached = local(case, core, full)
     with comm.record() as sent, torch.no_grad():
         found = core.attend(*new, batch, cached)
@@ -559,6 +676,19 @@ def test_only_chosen_blocks_travel() -> None:
     assert 0 < sum(blocks for _, blocks in some) < sum(dense)
 
 
+def test_each_key_travels_to_the_rank_of_its_head_alone() -> None:
+    """As above with four heads, 24 queries and 24 outputs; the last rank's keys are seen by no other."""
+    case, token = Case("contiguous", q_lens=(32,), heads="mha"), 2 * DIM * 8
+    dense = [sent for sent, _ in run_mesh((1, 4), mass_volumes, case, 1.0, "ulysses")]
+    there_and_back = 24 * DIM * 8 + 24 * (DIM + 1) * 8
+    assert dense == [there_and_back + 24 * token] * 3 + [there_and_back]
+    tiny = [sent for sent, _ in run_mesh((1, 4), mass_volumes, case, 1e-9, "ulysses")]
+    # Two near keys are whole, of rank 0 two sinks as well; masses of 24; and bits, a byte for each other rank's keys.
+    opening = [(4 * token + sketch(4)) * 3, (2 * token + sketch(6)) * 3, (2 * token + sketch(6)) * 3, 0]
+    bits = [2, 2, 2, 3]
+    assert tiny == [there_and_back + 24 * 8 + a + b for a, b in zip(opening, bits, strict=True)]
+
+
 def sketch(*keys: int) -> int:
     """A byte a key; for each rank the mean key, two directions with how many bits each has, and a mean value."""
     assert sketch_bytes(DIM) == (2 * DIM + 2 * (1 + encoded_width(DIM, "int8")), 1)
@@ -570,12 +700,12 @@ def test_full_coverage_is_exact() -> None:
         run_mesh((1, ranks), exact, CASES, TopMass(1.0))
 
 
-def coverages(mesh: comm.DeviceMesh) -> list[float]:
+def coverages(mesh: comm.DeviceMesh, exchange: str) -> list[float]:
     """The largest error of the output, for more and more coverage."""
     groups, case, errors = comm.groups(mesh), Case("contiguous", q_lens=(256,)), []
     full, _ = inputs(case)
     for coverage in (0.9, 0.95, 0.97, 1.0):
-        core = layer(case, groups, TopMass(coverage, block=4, sinks=0, recent=0))
+        core = layer(case, groups, TopMass(coverage, block=4, sinks=0, recent=0), exchange=exchange)
         batch, new, _ = local(case, core, full)
         with torch.no_grad():
             wanted = torch.cat(expected(case, full))[core.rows(batch)]
@@ -584,13 +714,15 @@ def coverages(mesh: comm.DeviceMesh) -> list[float]:
 
 
 def test_more_coverage_is_less_error() -> None:
-    for errors in run_mesh((1, 2), coverages)[1:]:
+    for ranks, exchange in ((2, "ring"), (3, "ulysses")):
+        errors = run_mesh((1, ranks), coverages, exchange)[-1]
         assert errors[-1] < 1e-11 and all(a > 1.05 * b for a, b in pairwise(errors)), errors
 
 
 def test_masses_compose_and_serve_striped_keys() -> None:
     run_mesh((2, 2), sharded, TopMass(0.6, block=4, sinks=1, recent=2), False)
     run_mesh((1, 3), served, TopMass(1.0))
+    run_mesh((1, 3), served, TopMass(1.0), "ulysses")
     run_mesh((1, 3), broken, MASSES)
     run_mesh((1, 3), interleaved, MASSES[0])
 

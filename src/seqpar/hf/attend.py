@@ -43,23 +43,28 @@ __all__ = ["CSA", "Attend", "Decode", "Home", "Path", "Prefill", "add_cores", "c
 
 @dataclass(frozen=True)
 class CSA:
-    """Prompts by communication-efficient sparse attention: `prefill=CSA(policy)`.
+    """Prompts by communication-efficient sparse attention: `prefill=CSA(policy)`, `CSA(policy, exchange="ulysses")`.
 
     Results are the model's own only as far as the policy says (`seqpar.layers.csa`). A `Certified` that names no rotary
     embedding gets the model's, since keys then take fewer bits.
 
     Args:
         policy: what travels.
+        exchange: whether queries stay with their tokens, or travel to the ranks of their heads; see `CSAAttention`.
 
     Raises:
         TypeError: it is no policy.
+        ValueError: an exchange that is none.
     """
 
     policy: Policy
+    exchange: Literal["ring", "ulysses"] = "ring"
 
     def __post_init__(self) -> None:
         if not isinstance(self.policy, Policy):
             raise TypeError(f"`policy` must be a Policy such as layers.TopMass, got {self.policy!r}")
+        if self.exchange not in ("ring", "ulysses"):
+            raise ValueError(f'`exchange` must be "ring" or "ulysses", got {self.exchange!r}')
 
 
 Prefill = Literal["ulysses", "ring"] | CSA
@@ -209,7 +214,8 @@ def add_cores(layers: Sequence[nn.Module], attend: Attend, *, groups: Groups, ro
             attention.add_core(RING, _ring(attention, attend.heads, groups, "kv"))
             attention.add_core(RING_Q, _ring(attention, attend.heads, groups, "q"))
         if isinstance(attend.prefill, CSA):
-            attention.add_core(SPARSE, _sparse(attention, attend.heads, groups, turned_by(attend.prefill.policy, rope)))
+            policy = turned_by(attend.prefill.policy, rope)
+            attention.add_core(SPARSE, _sparse(attention, attend.heads, groups, policy, attend.prefill.exchange))
 
 
 def rope_of(config: Any, head_dim: int) -> RopeConfig | None:
@@ -263,13 +269,20 @@ def _ring(attention: ParallelAttention, heads: HeadMap, groups: Groups, method: 
     return PlacedCore(ring, beside=core)
 
 
-def _sparse(attention: ParallelAttention, heads: HeadMap, groups: Groups, policy: Policy) -> PlacedCore:
+def _sparse(
+    attention: ParallelAttention,
+    heads: HeadMap,
+    groups: Groups,
+    policy: Policy,
+    exchange: Literal["ring", "ulysses"],
+) -> PlacedCore:
     core = attention.core
     sparse = CSAAttention(
         heads,
         core.head_dim,
         group=groups.sp,
         policy=policy,
+        exchange=exchange,
         tp_rank=groups.tp.rank(),
         placement=_SPARSE,
         window=core.window,

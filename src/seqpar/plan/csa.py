@@ -9,19 +9,33 @@ and in the form of the authors' code, inside each group of n ranks, whether they
 
     faithful    (n-1)/n * s/r * ((h + 2 g) D * b + h (D * b + 2))      samples there; outputs and denominators back
 
-which is 1/r of Ulysses, and the denominators.
+which is 1/r of Ulysses, and the denominators. The repaired form with queries that travel to their heads sends to each
+other one of all N ranks
+
+    by heads    s/N * (h D * b + h (D * b + 4) + 2 g D * b / r)     queries there and keys; outputs and masses back
+
+and its sinks and near keys, where N divides g (others read a KV head in several places) and later queries see its keys.
 """
 
 from __future__ import annotations
 
+from typing import Literal
+
 from seqpar.layers import Strided
-from seqpar.partition import HeadMap, RingOrder
+from seqpar.partition import HeadMap, Range, RingOrder
 
 __all__ = ["strided_volumes"]
 
 
 def strided_volumes(
-    policy: Strided, order: RingOrder, *, num_heads: int, num_kv_heads: int, head_dim: int, itemsize: int = 2
+    policy: Strided,
+    order: RingOrder,
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    itemsize: int = 2,
+    exchange: Literal["ring", "ulysses"] = "ring",
 ) -> tuple[int, ...]:
     """Bytes that each rank sends in one `layers.CSAAttention` with that policy.
 
@@ -32,9 +46,10 @@ def strided_volumes(
         num_kv_heads: g, likewise.
         head_dim: D.
         itemsize: b.
+        exchange: that of the layer; a faithful policy has its own.
 
     Raises:
-        ValueError: of a faithful policy, heads that its groups cannot split.
+        ValueError: heads that the ranks, or a faithful policy's groups, cannot split.
     """
     if policy.faithful:
         samples = [[sum(run.size for run in runs) for runs in requests] for requests in order.q]
@@ -43,12 +58,24 @@ def strided_volumes(
             sum(_level_volume(samples, rank, level, num_heads, num_kv_heads, widths) for level in policy.levels)
             for rank in range(order.ranks)
         )
-    found = []
+    found, whole = [], [Range(0, num_kv_heads)] * order.ranks
+    heads = HeadMap(num_heads, num_kv_heads, 1, order.ranks) if exchange == "ulysses" else None
     for rank in range(order.ranks):
-        cuts = [policy.cut(order, other, rank) for other in range(order.ranks) if other != rank]
-        keys = sum(len(cut.whole) + len(cut.blocks) for cut in cuts)
-        found.append(keys * 2 * num_kv_heads * head_dim * itemsize)
+        volume = 0 if heads is None else _query_volume(order, rank, heads, head_dim, itemsize)
+        for other, kv_heads in enumerate(whole if heads is None else heads.kv_ranges):
+            if other != rank:
+                cut = policy.cut(order, other, rank, exchange)
+                volume += (len(cut.whole) + len(cut.blocks)) * 2 * kv_heads.size * head_dim * itemsize
+        found.append(volume)
     return tuple(found)
+
+
+def _query_volume(order: RingOrder, rank: int, heads: HeadMap, head_dim: int, itemsize: int) -> int:
+    """What a rank sends of its queries to the ranks of their heads, and of outputs and masses of its heads back."""
+    tokens = [sum(run.size for runs in requests for run in runs) for requests in order.q]
+    there = tokens[rank] * (heads.num_heads - heads.q_ranges[rank].size)
+    back = (sum(tokens) - tokens[rank]) * heads.q_ranges[rank].size
+    return there * head_dim * itemsize + back * (head_dim * itemsize + max(4, itemsize))
 
 
 def _level_volume(

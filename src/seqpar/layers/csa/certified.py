@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import isfinite
+from math import isfinite, prod
 from typing import NamedTuple
 
 import torch
@@ -29,7 +29,7 @@ from seqpar import comm
 from seqpar.comm import Steps
 from seqpar.kernels import RopeConfig
 from seqpar.layers.csa.core import CSAAttention, CSAResult, Policy
-from seqpar.layers.csa.cut import kept, positions_of
+from seqpar.layers.csa.cut import everyone_but, kept, positions_of
 from seqpar.layers.csa.precision import (
     NOTHING,
     Basis,
@@ -49,7 +49,9 @@ from seqpar.layers.csa.precision import (
     write_raises,
 )
 from seqpar.layers.csa.receiver import Receiver, Rule
+from seqpar.layers.csa.seats import Seat, seat_for
 from seqpar.layers.ring import CachedKV
+from seqpar.partition import Range
 from seqpar.ragged import RaggedBatch
 
 __all__ = ["Certified"]
@@ -75,9 +77,13 @@ class Certified(Policy):
             2**-first[1] of the longest value.
         targets: of each round of requests, the part of a query's budget that the plan aims at.
         plan_rows: queries of a KV head that a plan is made for, at most.
+        narrow: to a rank with at most so many tokens (a decode, a narrow block of queries) first goes a `sketch`.
+        sketch: levels of the bits of that: keys in some four bits a number, values in none. Tokens that no bound hangs
+            on get no more: they are dropped, with a certificate.
 
     Raises:
-        ValueError: an `epsilon` that is negative or not finite; targets that are not positive, or more than three.
+        ValueError: an `epsilon` that is negative or not finite; targets that are not positive, or more than three;
+            `plan_rows` below 1, `narrow` below 0.
     """
 
     epsilon: float
@@ -85,6 +91,8 @@ class Certified(Policy):
     first: tuple[int, int] = (4, 2)
     targets: tuple[float, ...] = (1.4, 1.0, 0.92)
     plan_rows: int = 2048
+    narrow: int = 16
+    sketch: tuple[int, int] = (4, -4)
 
     def __post_init__(self) -> None:
         if not (isfinite(self.epsilon) and self.epsilon >= 0):
@@ -93,6 +101,8 @@ class Certified(Policy):
             raise ValueError(f"`targets` must be up to 3 positive numbers, got {self.targets}")
         if self.plan_rows < 1:
             raise ValueError(f"`plan_rows` must be at least 1, got {self.plan_rows}")
+        if self.narrow < 0:
+            raise ValueError(f"`narrow` must be at least 0 tokens, got {self.narrow}")
 
     def check(self, core: CSAAttention) -> None:
         """See `Policy.check`."""
@@ -103,21 +113,26 @@ class Certified(Policy):
         self, core: CSAAttention, q: Tensor, k: Tensor, v: Tensor, batch: RaggedBatch, cached: CachedKV | None
     ) -> Steps[CSAResult]:
         """See `Policy.steps`."""
-        k, v = core.own_keys(k, v, batch, cached).unbind(1)
-        exchange = _Exchange(self, core, q.detach(), k.detach(), v.detach(), _map(core, batch, cached))
-        return (yield from exchange.steps())
+        seat = seat_for(core, q.detach(), core.own_keys(k, v, batch, cached).detach(), batch, cached)
+        try:
+            seat.open()
+            return (yield from _Exchange(self, seat, _map(seat)).steps())
+        finally:
+            seat.close()
+
+    def first_for(self, queries: int) -> tuple[int, int]:
+        """The levels of the first bits that go to so many tokens."""
+        return self.sketch if queries <= self.narrow else self.first
 
 
 class _Map(NamedTuple):
     """Where everything lies; the same in every layer of a batch.
 
     Attributes:
-        request: of this rank's queries.
-        position: likewise.
         layouts: the keys of every rank in blocks.
         wanted: of this rank's blocks, those that each rank needs.
         needed: of each rank's blocks, those that this rank needs.
-        asked: request and position of every rank's queries.
+        asked: request and position of the queries that sit at every rank.
         teacher: the rank whose tokens the basis is made of.
         last: the first position that no key has.
     """
@@ -130,14 +145,15 @@ class _Map(NamedTuple):
     last: int
 
 
-def _map(core: CSAAttention, batch: RaggedBatch, cached: CachedKV | None) -> _Map:
-    order, rank, device = core.order(batch, cached), core.group.rank(), batch.device
-    ranks = range(order.ranks)
+def _map(seat: Seat) -> _Map:
+    order, rank, device = seat.order, seat.rank, seat.batch.device
+    ranks, by_heads = range(order.ranks), seat.core.exchange == "ulysses"
 
     def make() -> _Map:
         layouts = tuple(lay_out(order.kv[r], device) for r in ranks)
-        wanted = tuple(seen_blocks(order, r, rank, layouts[rank]) for r in ranks)
-        needed = tuple(seen_blocks(order, rank, r, layouts[r]) for r in ranks)
+        sits = everyone_but(order, None) if by_heads else order
+        wanted = tuple(seen_blocks(sits, r, rank, layouts[rank]) for r in ranks)
+        needed = tuple(seen_blocks(sits, rank, r, layouts[r]) for r in ranks)
         asked = []
         for r in ranks:
             lens = torch.tensor([sum(run.size for run in runs) for runs in order.q[r]], dtype=torch.int64)
@@ -145,20 +161,23 @@ def _map(core: CSAAttention, batch: RaggedBatch, cached: CachedKV | None) -> _Ma
             asked.append((request.to(device), positions_of([run for runs in order.q[r] for run in runs]).to(device)))
         counts = [len(position) for _, position in asked]
         teacher = max(ranks, key=lambda r: (counts[r] == max(counts), -abs(2 * r - order.ranks)))
-        return _Map(layouts, wanted, needed, tuple(asked), teacher, max(batch.kv_lens, default=0))
+        if by_heads:  # ranks in order, as queries come
+            request, position = (torch.cat(each) for each in zip(*asked, strict=True))
+            asked = [(request, position)] * order.ranks
+        return _Map(layouts, wanted, needed, tuple(asked), teacher, max(seat.batch.kv_lens, default=0))
 
-    return kept(batch, ("csa.certified", order, rank), make)
+    return kept(seat.batch, ("csa.certified", by_heads, order, rank), make)
 
 
 class _Exchange:
     """One step on this rank."""
 
-    def __init__(self, policy: Certified, core: CSAAttention, q: Tensor, k: Tensor, v: Tensor, where: _Map) -> None:
-        self.policy, self.core, self.q, self.k, self.v, self.map = policy, core, q, k, v, where
-        self.rank, self.ranks = core.group.rank(), core.group.size()
+    def __init__(self, policy: Certified, seat: Seat, where: _Map) -> None:
+        self.policy, self.seat, self.core, self.map = policy, seat, seat.core, where
+        self.k, self.v = seat.kv.unbind(1)
+        self.rank, self.ranks = seat.rank, seat.ranks
         self.others = [r for r in range(self.ranks) if r != self.rank]
-        self.own = own_tokens(k, v, where.layouts[self.rank])
-        self.rule = Rule(policy.epsilon, core.softmax_scale, core.kv_head_of, core.window)
+        self.dtype, self.device = seat.own_q.dtype, seat.own_q.device
         self.sent_bytes = self.rounds = 0
 
     def steps(self) -> Steps[CSAResult]:
@@ -166,55 +185,77 @@ class _Exchange:
             receiver = yield from self._exact()
         else:
             receiver = yield from self._certified()
-        return CSAResult(receiver.out, receiver.lse, receiver.bound, self.sent_bytes, self.rounds)
+        found = receiver.out, torch.stack((receiver.lse, receiver.bound), -1)
+        out, numbers = yield from self.seat.handed_home_steps(*found)
+        return CSAResult(out, *numbers.unbind(-1), self.sent_bytes + self.seat.sent_bytes, self.rounds)
 
     def _exact(self) -> Steps[Receiver]:
         """Everything as it is."""
-        kv = torch.stack((self.k, self.v), 1)
-        layout = self.map.layouts[self.rank]
-        parts = [as_bytes(kv[layout.rows[blocks][layout.valid[blocks]]]) for blocks in self._to_each(self.map.wanted)]
-        row = kv[:0].new_empty(kv.shape[1:]).numel() * kv.itemsize
+        kv, layout = self.seat.kv, self.map.layouts[self.rank]
+        parts = [
+            as_bytes(kv[layout.rows[blocks][layout.valid[blocks]], :, heads.start : heads.stop])
+            for blocks, (_, heads) in zip(self._to_each(self.map.wanted), self.core.parts, strict=True)
+        ]
+        shape = 2, self.seat.kv_heads, self.core.head_dim
+        row = prod(shape) * kv.itemsize
         layouts = [
             layout.take(blocks) for layout, blocks in zip(self.map.layouts, self._to_each(self.map.needed), strict=True)
         ]
         got = yield from self._trade(parts, [int(layout.valid.sum()) * row for layout in layouts])
         sources = []
         for r in self.others:
-            k, v = as_type(got[r], kv.dtype).view(-1, *kv.shape[1:]).unbind(1)
+            k, v = as_type(got[r], kv.dtype).view(-1, *shape).unbind(1)
             dense = layouts[r].valid.flatten().cumsum(0).sub(1).clamp(min=0).view(-1, layouts[r].rows.shape[1])
             sources.append(Given(layouts[r].request, own_tokens(k, v, layouts[r]._replace(rows=dense))))
-        turn = Turn(None, 0, self.q.device)
-        receiver = self._receiver(sources, Basis.unit(2 * self.k.shape[1], self.core.head_dim, self.q.device), turn)
+        turn = Turn(None, 0, self.device)
+        yield from self.seat.arrive_steps()
+        receiver = self._receiver(sources, Basis.unit(2 * self.k.shape[1], self.core.head_dim, self.device), turn)
         receiver.assess()
         return receiver
 
     def _certified(self) -> Steps[Receiver]:
-        turn = Turn(self.policy.rope, self.map.last, self.q.device)
+        turn = Turn(self.policy.rope, self.map.last, self.device)
         basis = yield from self._basis(turn)
-        sender = Sender(self.k, self.v, self.map.layouts[self.rank], basis, turn)
-        sources = [
-            Source(self.map.layouts[r], self.map.needed[r], basis, turn, self.policy.first, wide(self.q.dtype))
-            for r in self.others
-        ]
-        boxes = [sender.boxes_for(blocks) for blocks in self._to_each(self.map.wanted)]
+        senders, firsts = self._senders(basis, turn), [self.policy.first_for(len(at)) for _, at in self.map.asked]
+        own = basis.take(self.core.parts[self.rank].kv), turn, firsts[self.rank], wide(self.dtype)
+        sources = [Source(self.map.layouts[r], self.map.needed[r], *own) for r in self.others]
+        each = list(zip(senders, self._to_each(self.map.wanted), firsts, strict=True))
+        boxes = [sender.boxes_for(blocks) for sender, blocks, _ in each]
         got = yield from self._trade(boxes, self._from_each([source.header_bytes for source in sources]))
         for r, source in zip(self.others, sources, strict=True):
             source.read_boxes(got[r])
-        told = [sender.start(blocks, self.policy.first) for blocks in self._to_each(self.map.wanted)]
+        told = [sender.start(blocks, first) for sender, blocks, first in each]
         ends = [(torch.full_like(level, NOTHING), level) for level in told]
-        yield from self._refine(sender, sources, ends, [source.first for source in sources])
+        yield from self._refine(senders, sources, ends, [source.first for source in sources])
+        yield from self.seat.arrive_steps()
         receiver = self._receiver(sources, basis, turn)
         receiver.assess()
         for target in self.policy.targets:
-            told = yield from self._round(sender, sources, receiver, told, target)
+            told = yield from self._round(senders, sources, receiver, told, target)
             receiver.assess()
         yield from self._ship(receiver, basis, turn)
         return receiver
 
     def _receiver(self, sources: Sequence[Source | Given], basis: Basis, turn: Turn) -> Receiver:
-        asked = self.map.asked[self.rank]
-        own = Given(self.map.layouts[self.rank].request, self.own)
-        return Receiver(self.q, *asked, own, sources, basis, turn, self.rule)
+        return self._receiver_for(self.rank, self.seat.q, sources, basis, turn)
+
+    def _receiver_for(self, r: int, q: Tensor, sources: Sequence[Source | Given], basis: Basis, turn: Turn) -> Receiver:
+        """Queries that sit at a rank, beside this rank's own keys of the heads there."""
+        layout, heads = self.map.layouts[self.rank], self.core.parts[r].kv
+        those = slice(*heads)
+        own = Given(layout.request, own_tokens(self.k[:, those], self.v[:, those], layout))
+        rule = Rule(self.policy.epsilon, self.core.softmax_scale, self.core.reads(r), self.core.window)
+        return Receiver(q, *self.map.asked[r], own, sources, basis.take(heads), turn, rule)
+
+    def _senders(self, basis: Basis, turn: Turn) -> list[Sender]:
+        """By rank, what tells it of the heads there; nothing is asked of this rank's own entry."""
+        layout, made = self.map.layouts[self.rank], dict[Range, Sender]()
+        theirs = [self.core.parts[r if r != self.rank else (r + 1) % self.ranks].kv for r in range(self.ranks)]
+        for heads in theirs:
+            if heads not in made:
+                those = slice(*heads)
+                made[heads] = Sender(self.k[:, those], self.v[:, those], layout, basis.take(heads), turn)
+        return [made[heads] for heads in theirs]
 
     def _basis(self, turn: Turn) -> Steps[Basis]:
         """One rank's, on all of them."""
@@ -223,30 +264,35 @@ class _Exchange:
             layout = self.map.layouts[self.rank]
             position = layout.positions[layout.valid]
             rule = self.core.kv_head_of, self.core.softmax_scale
-            mine = basis_of(self.q, self.k, self.v, position, turn, *rule).data
+            mine = basis_of(self.seat.own_q, self.k, self.v, position, turn, *rule).data
             self.sent_bytes += (self.ranks - 1) * len(mine)
         else:
-            mine = torch.empty(Basis.num_bytes(streams, size), dtype=torch.uint8, device=self.q.device)
+            mine = torch.empty(Basis.num_bytes(streams, size), dtype=torch.uint8, device=self.device)
         data = yield comm.broadcast_async(mine, src=self.map.teacher, group=self.core.group, label=self._label)
         return Basis.read(data, streams, size)
 
     def _refine(
         self,
-        sender: Sender,
+        senders: Sequence[Sender],
         sources: Sequence[Source],
         levels: Sequence[tuple[Tensor, Tensor]],
         wanted: Sequence[Tensor],
     ) -> Steps[None]:
         """Send every rank the bits from one level to another; get those that lead to the wanted levels."""
         blocks = self._to_each(self.map.wanted)
-        parts = [sender.planes_for(those, *ends) for those, ends in zip(blocks, levels, strict=True)]
+        parts = [sender.planes_for(those, *ends) for sender, those, ends in zip(senders, blocks, levels, strict=True)]
         sizes = [source.planes_bytes(level) for source, level in zip(sources, wanted, strict=True)]
         got = yield from self._trade(parts, self._from_each(sizes))
         for r, source, level in zip(self.others, sources, wanted, strict=True):
             source.read_planes(got[r], level)
 
     def _round(
-        self, sender: Sender, sources: Sequence[Source], receiver: Receiver, told: list[Tensor], target: float
+        self,
+        senders: Sequence[Sender],
+        sources: Sequence[Source],
+        receiver: Receiver,
+        told: list[Tensor],
+        target: float,
     ) -> Steps[list[Tensor]]:
         """Ask for more bits where they are needed, and tell the others what they ask for."""
         gains = receiver.plan(target, self.policy.plan_rows)
@@ -262,7 +308,7 @@ class _Exchange:
             for level, data, blocks in zip(told, got, self._to_each(self.map.wanted), strict=True)
         ]
         wanted = [source.level + gain for source, gain in zip(sources, gains, strict=True)]
-        yield from self._refine(sender, sources, list(zip(told, now, strict=True)), wanted)
+        yield from self._refine(senders, sources, list(zip(told, now, strict=True)), wanted)
         return now
 
     def _ship(self, receiver: Receiver, basis: Basis, turn: Turn) -> Steps[None]:
@@ -271,17 +317,17 @@ class _Exchange:
         request, _ = self.map.asked[self.rank]
         layouts = zip(self.map.layouts, self._to_each(self.map.needed), strict=True)
         chosen = [torch.isin(request[rows], layout.request[blocks]) for layout, blocks in layouts]
-        places = (rows * self.core.num_heads + heads).to(torch.int32)
-        queries = self.q[rows, heads]
+        places = (rows * self.seat.q.shape[1] + heads).to(torch.int32)
+        queries = self.seat.q[rows, heads]
         parts = [torch.cat([as_bytes(queries[some]), as_bytes(places[some])]) for some in chosen]
         asked = yield from self._announced(parts)
-        dtype = self.own.k.dtype
+        dtype = wide(self.dtype)
         answers = [self._answer(r, data, basis, turn) for r, data in enumerate(asked)]
         width = (self.core.head_dim + 3) * dtype.itemsize
         got = yield from self._trade(answers, [int(some.sum()) * width for some in chosen])
         partials = [receiver.alone(rows, heads)]
         for data, some in zip(got, chosen, strict=True):
-            partial = self.own.k.new_zeros(len(rows), self.core.head_dim + 3)
+            partial = torch.zeros(len(rows), self.core.head_dim + 3, dtype=dtype, device=self.device)
             partial[:, -3] = -torch.inf
             partial[some] = as_type(data, dtype).view(-1, partial.shape[1])
             partials.append(partial)
@@ -289,19 +335,18 @@ class _Exchange:
 
     def _answer(self, r: int, data: Tensor, basis: Basis, turn: Turn) -> Tensor:
         """Exact partials of another rank's queries over this rank's tokens: out, lse, bound, doubt of each."""
-        count = len(data) // (self.core.head_dim * self.q.itemsize + 4)
+        count = len(data) // (self.core.head_dim * self.dtype.itemsize + 4)
         queries, places = data.split([len(data) - 4 * count, 4 * count])
-        place = as_type(places, torch.int32).long()
-        rows, heads = place // self.core.num_heads, place % self.core.num_heads
-        request, position = self.map.asked[r]
-        q = self.q.new_zeros(len(request), self.core.num_heads, self.core.head_dim, dtype=self.own.k.dtype)
-        q[rows, heads] = as_type(queries, self.q.dtype).view(count, self.core.head_dim).to(q.dtype)
-        own = Given(self.map.layouts[self.rank].request, self.own)
-        return as_bytes(Receiver(q, request, position, own, [], basis, turn, self.rule).alone(rows, heads))
+        place, there = as_type(places, torch.int32).long(), self.core.parts[r].q.size
+        rows, heads = place // there, place % there
+        shape = len(self.map.asked[r][0]), there, self.core.head_dim
+        q = torch.zeros(shape, dtype=wide(self.dtype), device=self.device)
+        q[rows, heads] = as_type(queries, self.dtype).view(count, self.core.head_dim).to(q.dtype)
+        return as_bytes(self._receiver_for(r, q, [], basis, turn).alone(rows, heads))
 
     @property
     def _nothing(self) -> Tensor:
-        return torch.empty(0, dtype=torch.uint8, device=self.q.device)
+        return torch.empty(0, dtype=torch.uint8, device=self.device)
 
     def _to_each(self, blocks: Sequence[Tensor]) -> list[Tensor]:
         """By rank, none for this one."""
@@ -314,7 +359,7 @@ class _Exchange:
 
     def _announced(self, parts: Sequence[Tensor]) -> Steps[list[Tensor]]:
         """`_trade` of messages whose sizes the receivers do not know."""
-        mine = torch.tensor([len(part) for part in parts], dtype=torch.int64, device=self.q.device)
+        mine = torch.tensor([len(part) for part in parts], dtype=torch.int64, device=self.device)
         sizes = yield from self._trade([as_bytes(size) for size in mine.split(1)], [8] * self.ranks)
         return (yield from self._trade(parts, [int(as_type(size, torch.int64)) for size in sizes]))
 

@@ -1,16 +1,16 @@
 """Communication-efficient sparse attention: every rank keeps the tokens it has, and a policy says what else travels.
 
-The layer owns what policies have in common: where tokens lie, exact attention of a rank's queries to its own keys, and
-partials merged by their log-sum-exp in float32. A policy is a program of steps that gets the rank's q, k and v. It
-launches what is to come, attends to the rank's own keys meanwhile, and merges what arrives: a ring of fixed hops lost,
-since it can forward neither a choice that depends on the receiver nor a message whose size depends on the data.
+The layer owns what policies have in common: where tokens lie, and where queries meet the keys of other ranks
+(`seats`). A policy is a program of steps that gets the rank's q, k and v. It launches what is to come, attends to the
+rank's own keys meanwhile, and merges what arrives by its log-sum-exp in float32: a ring of fixed hops lost, since it
+can forward neither a choice that depends on the receiver nor a message whose size depends on the data.
 
 Source: CSA and its pipeline, CSPS, arXiv:2409.15104v1, as far as its released code shows them.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Literal, NamedTuple, Protocol, get_args, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -18,11 +18,13 @@ from torch import Tensor
 
 from seqpar import comm
 from seqpar.comm import ProcessGroup, Steps
-from seqpar.layers.ring import CachedKV, PartialSum, PlacedAttention, RingStep
-from seqpar.partition import HeadMap, Placement
+from seqpar.layers.ring import CachedKV, PlacedAttention
+from seqpar.partition import HeadMap, HeadPart, Placement, Range, head_parts
 from seqpar.ragged import RaggedBatch
 
-__all__ = ["CSAAttention", "CSAResult", "Policy", "attend_own"]
+__all__ = ["CSAAttention", "CSAResult", "Exchange", "Policy"]
+
+Exchange = Literal["ring", "ulysses"]
 
 
 class CSAResult(NamedTuple):
@@ -73,14 +75,22 @@ class CSAAttention(PlacedAttention):
         head_dim: D.
         group: the sequence ranks.
         policy: what travels: `Strided`, `TopMass`, `Certified`, or one of your own.
+        exchange: how keys and queries meet. "ring": queries stay with their tokens, and what the policy sends of a key
+            goes to every rank that sees it. "ulysses": queries travel to the ranks of their heads, outputs back, and
+            what the policy sends of a key goes to the rank of its head.
         tp_rank: which tensor-parallel shard of the heads.
         placement: of the new tokens; see `partition.place_tokens`.
         interleave: neighbours that lie together, of a striped placement.
         window: visible keys including the query's own; None for all.
         softmax_scale: factor of the scores; 1/sqrt(D) by default.
 
+    Attributes:
+        parts: the query heads with which each rank attends beside other ranks' keys, and the KV heads that those read,
+            both counted from the shard's first.
+
     Raises:
-        ValueError: a placement, interleave, window or tp rank that is none; what the policy cannot serve.
+        ValueError: a placement, interleave, window, tp rank or exchange that is none; fewer query heads than ranks
+            where they are split by heads; what the policy cannot serve.
     """
 
     def __init__(
@@ -90,6 +100,7 @@ class CSAAttention(PlacedAttention):
         *,
         group: ProcessGroup,
         policy: Policy,
+        exchange: Exchange = "ring",
         tp_rank: int = 0,
         placement: Placement = "contiguous",
         interleave: int = 1,
@@ -107,7 +118,14 @@ class CSAAttention(PlacedAttention):
             softmax_scale=softmax_scale,
         )
         self.policy = policy
+        self.exchange: Exchange = exchange
+        self.parts = self._split_heads()
         policy.check(self)
+
+    def reads(self, rank: int) -> tuple[int, ...]:
+        """Which of the KV heads of `parts[rank]` each of its query heads reads."""
+        part = self.parts[rank]
+        return tuple(head - part.kv.start for head in self.kv_head_of[slice(*part.q)])
 
     def steps(
         self,
@@ -176,7 +194,17 @@ class CSAAttention(PlacedAttention):
         """
         return comm.run(self.attend_steps(q, k, v, batch, cached))
 
-
-def attend_own(core: CSAAttention, q: Tensor, kv: Tensor, batch: RaggedBatch, cached: CachedKV | None) -> PartialSum:
-    """This rank's queries over its own keys `core.own_keys(...)`, exactly: a sum to which other partials are added."""
-    return RingStep(core.ring_core(), core.order(batch, cached), batch, q.dtype).alone(q, kv)
+    def _split_heads(self) -> tuple[HeadPart, ...]:
+        ranks = self.group.size()
+        if self.exchange not in get_args(Exchange):
+            raise ValueError(f'`exchange` must be "ring" or "ulysses", got {self.exchange!r}')
+        if self.exchange == "ring":
+            return (HeadPart(Range(0, self.num_heads), Range(0, self.num_kv_heads)),) * ranks
+        if self.num_heads < ranks:
+            raise ValueError(
+                f'`heads` must have a query head for each of the {ranks} ranks where `exchange` is "ulysses", got '
+                f'{self.num_heads} in the shard; use exchange="ring"'
+            )
+        parts = head_parts(self.q_shard, self.group_size, ranks)
+        q, kv = self.q_shard.start, self.kv_shard.start
+        return tuple(HeadPart(part.q.shift(-q), part.kv.shift(-kv)) for part in parts)

@@ -16,7 +16,16 @@ from seqpar.layers.ring import run_positions
 from seqpar.partition import Range, RingOrder, Run
 from seqpar.ragged import RaggedBatch
 
-__all__ = ["EVERYTHING", "Cut", "cut_keys", "kept", "positions_of", "query_blocks", "request_lists"]
+__all__ = [
+    "EVERYTHING",
+    "Cut",
+    "cut_keys",
+    "everyone_but",
+    "kept",
+    "positions_of",
+    "query_blocks",
+    "request_lists",
+]
 
 T = TypeVar("T")
 
@@ -62,7 +71,7 @@ def cut_keys(
     whole_of, blocks_of = [], []
     row = whole_rows = rest_rows = 0
     for asked, held in zip(order.q[receiver], order.kv[owner], strict=True):
-        queries, first_whole, first_block = positions_of(asked), whole_rows, len(blocks)
+        queries, first_whole, first_block = positions_of(asked).sort().values, whole_rows, len(blocks)
         for run in held:
             some, others = _split(queries, positions_of((run,)), order.window, sinks, recent)
             some, others = some + row, others + row
@@ -77,6 +86,15 @@ def cut_keys(
         blocks_of.append(Range(first_block, len(blocks)))
     none = torch.empty(0, dtype=torch.int64)
     return Cut(torch.cat([none, *whole]), tuple(whole_of), torch.cat([none, *rest]), tuple(blocks), tuple(blocks_of))
+
+
+def everyone_but(order: RingOrder, owner: int | None) -> RingOrder:
+    """As if every rank had the queries of all ranks but one, as where they sit by heads."""
+    others = [rank for rank in range(order.ranks) if rank != owner]
+    q = tuple(
+        tuple(run for runs in request for run in runs) for request in zip(*(order.q[r] for r in others), strict=True)
+    )
+    return RingOrder((q or tuple(() for _ in order.q[0]),) * order.ranks, order.kv, order.window)
 
 
 def _split(queries: Tensor, keys: Tensor, window: int | None, sinks: int, recent: int) -> tuple[Tensor, Tensor]:

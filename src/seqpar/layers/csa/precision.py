@@ -14,7 +14,7 @@ from torch import Tensor
 
 from seqpar.kernels import RopeConfig, bitplanes, rope_table
 from seqpar.layers.csa.cut import positions_of
-from seqpar.partition import RingOrder, Run
+from seqpar.partition import Range, RingOrder, Run
 
 BLOCK = 64
 NOWHERE = 1 << 62
@@ -59,7 +59,7 @@ def seen_blocks(order: RingOrder, receiver: int, owner: int, layout: Layout) -> 
         return layout.request[:0]
     found = []
     for request, runs in enumerate(order.q[receiver]):
-        queries, blocks = positions_of(runs), (layout.request.cpu() == request).nonzero()[:, 0]
+        queries, blocks = positions_of(runs).sort().values, (layout.request.cpu() == request).nonzero()[:, 0]
         keys = layout.positions.cpu()[blocks]
         after = torch.searchsorted(queries, keys)
         seen = (after < len(queries)) & (keys < NOWHERE)
@@ -84,6 +84,11 @@ class Basis(NamedTuple):
         """Channels as they are."""
         one = torch.eye(size, dtype=torch.int8, device=device).expand(streams, -1, -1)
         return cls(one, torch.ones(streams, size, dtype=torch.bfloat16, device=device))
+
+    def take(self, heads: Range) -> Basis:
+        """That of some KV heads."""
+        which = [*range(*heads), *range(*heads.shift(len(self.codes) // 2))]
+        return Basis(self.codes[which], self.scales[which])
 
     @staticmethod
     def num_bytes(streams: int, size: int) -> int:

@@ -89,7 +89,9 @@ class Receiver:
                 self.out[at], self.lse[at], self.bound[at] = out, terms.lse, terms.bound() + rounded
                 self.doubt[at] = terms.doubt()
                 self.budget[at] = self.rule.epsilon * self._largest(part, seen)
-                self.room[at] = self.budget[at] - rounded
+                # Where all values are remote, little may be certain of how long they are: plans count on half of that.
+                hoped = torch.where(seen, part.tokens.v[:, part.head].norm(dim=-1), 0).amax(-1)
+                self.room[at] = torch.maximum(self.budget[at], self.rule.epsilon / 2 * hoped) - rounded
         self.open &= ~(self.bound <= self.budget)
 
     def alone(self, rows: Tensor, heads: Tensor) -> Float[Tensor, "r c"]:
@@ -143,7 +145,8 @@ class Receiver:
         """Bits for the keys and values of a problem: planned, tried on the bound itself, and planned again."""
         terms = now = self._terms(problem, self._seen(problem))
         radii = problem.tokens.radii[[0, 3], problem.own :, problem.head]
-        budget = target * self.room[problem.rows, problem.heads].clamp(min=1e-30)
+        least = (ROUNDOFF * terms.most).clamp(min=1e-30)  # float32 proves nothing smaller, and overflows beyond
+        budget = torch.maximum(target * self.room[problem.rows, problem.heads], least)
         gain = torch.zeros(cost.shape, dtype=torch.int32, device=cost.device)
         for _ in range(PLANS):
             pressure = torch.cat(now.pressures(), 1)

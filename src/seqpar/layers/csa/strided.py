@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate, pairwise
 from math import log
 from typing import NamedTuple
@@ -32,9 +33,10 @@ from torch import Tensor
 
 from seqpar import comm
 from seqpar.comm import Steps
-from seqpar.kernels import BlockLists, attention, merge, sparse_attention
-from seqpar.layers.csa.core import CSAAttention, CSAResult, Policy, attend_own
-from seqpar.layers.csa.cut import EVERYTHING, Cut, cut_keys, kept, positions_of, query_blocks, request_lists
+from seqpar.kernels import BlockLists, attention, merge
+from seqpar.layers.csa.core import CSAAttention, CSAResult, Exchange, Policy
+from seqpar.layers.csa.cut import EVERYTHING, Cut, cut_keys, everyone_but, kept, request_lists
+from seqpar.layers.csa.seats import Part, Seat, seat_for
 from seqpar.layers.ring import CachedKV
 from seqpar.partition import Range, RingOrder, head_parts
 from seqpar.ragged import RaggedBatch
@@ -113,25 +115,37 @@ class Strided(Policy):
         """Of the innermost level in which two ranks share a group; None where there is none."""
         return next((degree for group, degree in self.levels if rank // group == other // group), None)
 
-    def cut(self, order: RingOrder, receiver: int, owner: int) -> Cut:
+    def cut(self, order: RingOrder, receiver: int, owner: int, exchange: Exchange = "ring") -> Cut:
         """Which keys of `owner` travel to `receiver`: the whole ones, and one of each block."""
         degree = self.degree(receiver, owner)
+        if exchange == "ulysses":
+            degree, order = self._finest(order, owner), everyone_but(order, owner)
         recent = EVERYTHING if degree == 1 else self.recent
         return cut_keys(order, receiver, owner, size=degree, sinks=self.sinks, recent=recent, tails=False)
+
+    def _finest(self, order: RingOrder, owner: int) -> int | None:
+        """The least degree at which some other rank is to see keys of `owner`; None where there is none."""
+        first = [min((run.position(0) for run in runs if run.size), default=EVERYTHING) for runs in order.kv[owner]]
+        degrees = []
+        for rank in range(order.ranks):
+            last = [max((run.position(run.size - 1) for run in runs if run.size), default=-1) for runs in order.q[rank]]
+            degree = self.degree(rank, owner)
+            if rank != owner and degree is not None and any(a <= b for a, b in zip(first, last, strict=True)):
+                degrees.append(degree)
+        return min(degrees, default=None)
 
     def _repaired_steps(
         self, core: CSAAttention, q: Tensor, kv: Tensor, batch: RaggedBatch, cached: CachedKV | None
     ) -> Steps[CSAResult]:
-        order, rank, ranks = core.order(batch, cached), core.group.rank(), core.group.size()
-        incoming: list[tuple[int, Steps[Tensor]]] = []
-        sent_bytes = 0
+        seat, sent_bytes = seat_for(core, q, kv, batch, cached), 0
+        incoming: dict[int, Steps[Tensor]] = {}
         try:
-            for hop in range(1, ranks):
-                dst, src = (rank + hop) % ranks, (rank - hop) % ranks
-                message = self._message(core, kv, self._cut(batch, order, dst, rank))
+            seat.open()
+            for dst, src in zip(seat.targets, seat.sources, strict=True):
+                message = self._message(seat, dst)
                 sent_bytes += message.numel() * message.itemsize
-                arriving = self._cut(batch, order, rank, src)
-                rows = core.num_kv_heads * (len(arriving.whole) + len(arriving.blocks))
+                arriving = self._cut(seat, seat.rank, src)
+                rows = seat.kv_heads * (len(arriving.whole) + len(arriving.blocks))
                 steps = comm.send_recv_steps(
                     message,
                     dst=dst,
@@ -140,66 +154,57 @@ class Strided(Policy):
                     recv_shape=(rows, *message.shape[1:]),
                     label=core.label or "csa",
                 )
-                incoming.append((src, comm.start(steps)))
-            total = attend_own(core, q, kv, batch, cached)
-            own = positions_of([run for runs in order.q[rank] for run in runs])
-            for src, coming in incoming:
-                arrivals = self._arrivals(core, batch, order, src)
-                total.add(Range(0, len(q)), *self._attend(core, q, (yield from coming), arrivals, own))
+                incoming[src] = comm.start(steps)
+            total = yield from seat.meet_steps()
+            yield from seat.gather_steps(total, incoming.__getitem__, partial(self._attend, seat))
+            total = yield from seat.home_steps(total)
         finally:
-            for _, coming in incoming:
+            seat.close()
+            for coming in incoming.values():
                 coming.close()
-        return CSAResult(total.out.to(q.dtype), total.lse, None, sent_bytes, int(ranks > 1))
+        rounds = 1 + seat.rounds if seat.sources else 0
+        return CSAResult(total.out.to(q.dtype), total.lse, None, sent_bytes + seat.sent_bytes, rounds)
 
-    def _cut(self, batch: RaggedBatch, order: RingOrder, receiver: int, owner: int) -> Cut:
-        key = ("csa.strided.cut", self, order, receiver, owner)
-        return kept(batch, key, lambda: self.cut(order, receiver, owner))
+    def _cut(self, seat: Seat, receiver: int, owner: int) -> Cut:
+        key = ("csa.strided.cut", self, seat.core.exchange, seat.order, receiver, owner)
+        return kept(seat.batch, key, lambda: self.cut(seat.order, receiver, owner, seat.core.exchange))
 
-    def _message(self, core: CSAAttention, kv: Tensor, cut: Cut) -> Tensor:
-        """[keys of all heads, 2, D]: head after head the whole ones, then head after head the samples."""
-        heads = core.num_kv_heads
-        whole = kv[cut.whole.to(kv.device)].permute(2, 0, 1, 3).flatten(0, 1)
+    def _message(self, seat: Seat, dst: int) -> Tensor:
+        """[keys of all heads there, 2, D]: head after head the whole ones, then head after head the samples."""
+        core, cut, kv = seat.core, self._cut(seat, dst, seat.rank), seat.kv
+        heads = core.parts[dst].kv
+        whole = kv[cut.whole.to(kv.device), :, heads.start : heads.stop].permute(2, 0, 1, 3).flatten(0, 1)
         if not cut.blocks:
             return whole
         degree = cut.blocks[0].size
-        offsets = [(core.kv_shard.start + head) % degree for head in range(heads)]
+        offsets = [(core.kv_shard.start + head) % degree for head in range(*heads)]
         rows = cut.rest.view(-1, degree)[:, offsets].T.to(kv.device)
-        samples = kv[rows, :, torch.arange(heads, device=kv.device)[:, None]]
+        samples = kv[rows, :, torch.arange(*heads, device=kv.device)[:, None]]
         return torch.cat([whole, samples.flatten(0, 1)])
 
-    def _arrivals(self, core: CSAAttention, batch: RaggedBatch, order: RingOrder, src: int) -> tuple[_Arrival, ...]:
-        """What comes from a rank, in the order in which it comes."""
-        rank, heads = core.group.rank(), core.num_kv_heads
+    def _arrivals(self, seat: Seat, part: Part, src: int) -> tuple[_Arrival, ...]:
+        """What comes from a rank, in the order in which it comes, and which queries of a part attend to it."""
+        heads = seat.kv_heads
 
         def make() -> tuple[_Arrival, ...]:
-            cut, queries = self._cut(batch, order, rank, src), query_blocks(order, rank)
-            positions = positions_of([run for runs in order.kv[src] for run in runs])
+            cut, positions = self._cut(seat, seat.rank, src), seat.positions(src)
             degree = cut.blocks[0].size if cut.blocks else 1
             # A sample is seen by the queries that see the last key that it stands for.
             last = cut.rest.view(-1, degree)[:, -1]
-            parts = (cut.whole, cut.whole_of, 1), (last, cut.blocks_of, degree)
+            kinds = (cut.whole, cut.whole_of, 1), (last, cut.blocks_of, degree)
             return tuple(
-                _Arrival(request_lists(queries, [requests] * heads), positions[rows].repeat(heads), log(weight))
-                for rows, requests, weight in parts
+                _Arrival(request_lists(part.queries, [requests] * heads), positions[rows].repeat(heads), log(weight))
+                for rows, requests, weight in kinds
             )
 
-        return kept(batch, ("csa.strided.arrivals", self, order, heads, rank, src), make)
+        key = ("csa.strided.arrivals", self, seat.core.exchange, seat.order, heads, seat.rank, part.rank, src)
+        return kept(seat.batch, key, make)
 
-    def _attend(self, core: CSAAttention, q: Tensor, kv: Tensor, arrivals: Sequence[_Arrival], own: Tensor) -> Partial:
-        """This rank's queries over what came from one other."""
-        outs, lses = [], []
+    def _attend(self, seat: Seat, part: Part, src: int, kv: Tensor) -> Partial:
+        """What some queries gather from what came from one other rank."""
+        outs, lses, arrivals = [], [], self._arrivals(seat, part, src)
         for arrival, keys in zip(arrivals, kv.split([len(each.positions) for each in arrivals]), strict=True):
-            out, lse = sparse_attention(
-                q,
-                keys[:, 0],
-                keys[:, 1],
-                arrival.lists,
-                q_positions=own,
-                k_positions=arrival.positions,
-                softmax_scale=core.softmax_scale,
-                kv_head_of=core.kv_head_of,
-                window=core.window,
-            )
+            out, lse = seat.attend(part, keys, arrival.positions, arrival.lists)
             outs.append(out)
             lses.append(lse + arrival.log_weight)
         return merge(outs, lses)

@@ -33,7 +33,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,16 +42,15 @@ from seqpar import comm
 from seqpar.comm import Steps
 from seqpar.kernels.blocks import block_masses, block_means, smallest_cover
 from seqpar.kernels.quantize import decode, encode, encoded_width
-from seqpar.kernels.sparse import decode_sketch, encode_sketch, sketch_bytes, sparse_attention
-from seqpar.layers.csa.core import CSAAttention, CSAResult, Policy, attend_own
-from seqpar.layers.csa.cut import EVERYTHING, Cut, cut_keys, kept, positions_of, query_blocks, request_lists
-from seqpar.layers.ring import CachedKV
+from seqpar.kernels.sparse import decode_sketch, encode_sketch, sketch_bytes
+from seqpar.layers.csa.core import CSAAttention, CSAResult, Exchange, Policy
+from seqpar.layers.csa.cut import EVERYTHING, Cut, cut_keys, everyone_but, kept, request_lists
+from seqpar.layers.csa.seats import Part, Seat, seat_for
+from seqpar.layers.ring import CachedKV, PartialSum
 from seqpar.partition import Range, RingOrder
 from seqpar.ragged import RaggedBatch
 
 __all__ = ["TopMass"]
-
-Partial = tuple[Tensor, Tensor]
 
 CHUNK = 256
 """Queries whose estimated scores are in memory at a time."""
@@ -102,8 +101,10 @@ class TopMass(Policy):
                 f"{self.block}, {self.rows}, {self.sinks}, {self.recent}"
             )
 
-    def cut(self, order: RingOrder, receiver: int, owner: int) -> Cut:
+    def cut(self, order: RingOrder, receiver: int, owner: int, exchange: Exchange = "ring") -> Cut:
         """Which keys of `owner` travel to `receiver` in any case, and the blocks that it may ask for."""
+        if exchange == "ulysses":
+            order = everyone_but(order, owner)
         recent = EVERYTHING if self.coverage == 1 else self.recent
         return cut_keys(order, receiver, owner, size=self.block, sinks=self.sinks, recent=recent, tails=True)
 
@@ -111,45 +112,55 @@ class TopMass(Policy):
         self, core: CSAAttention, q: Tensor, k: Tensor, v: Tensor, batch: RaggedBatch, cached: CachedKV | None
     ) -> Steps[CSAResult]:
         """See `Policy.steps`."""
-        exchange = _Exchange(self, core, q, core.own_keys(k, v, batch, cached), batch, core.order(batch, cached))
-        everything = Range(0, len(q))
+        seat = seat_for(core, q, core.own_keys(k, v, batch, cached), batch, cached)
+        exchange = _Exchange(self, seat)
         try:
+            seat.open()
             exchange.open()
-            total = attend_own(core, q, exchange.kv, batch, cached)
-            sketches = {}
-            for src in exchange.sources:
-                whole, sketches[src] = yield from exchange.opening_steps(src)
-                total.add(everything, *whole)
+            total = yield from seat.meet_steps()
+            coming = exchange.opening_steps
             if self.coverage < 1:
-                exchange.ask(exchange.choose(total.lse, sketches))
-                for dst in exchange.targets:
-                    yield from exchange.answer_steps(dst)
-                for src in exchange.sources:
-                    total.add(everything, *exchange.attend_rest(src, sketches[src]))
-                for src in exchange.sources:
-                    total.add(everything, *(yield from exchange.arrival_steps(src)))
+                yield from self._choose_steps(seat, exchange, total)
+                coming = exchange.arrival_steps
+            yield from seat.gather_steps(total, coming, exchange.attend)
+            total = yield from seat.home_steps(total)
         finally:
+            seat.close()
             exchange.close()
-        rounds = 0 if not exchange.sources else 1 if self.coverage == 1 else 3
-        return CSAResult(total.out.to(q.dtype), total.lse, None, exchange.sent_bytes, rounds)
+        rounds = 0 if not seat.sources else 1 if self.coverage == 1 else 3
+        rounds += seat.rounds * (2 if self.coverage < 1 else 1) if seat.sources else 0
+        return CSAResult(total.out.to(q.dtype), total.lse, None, exchange.sent_bytes + seat.sent_bytes, rounds)
+
+    def _choose_steps(self, seat: Seat, exchange: _Exchange, total: PartialSum) -> Steps[None]:
+        """Choose blocks and launch those that others chose; attend to all else that is known of other ranks' keys."""
+        sketches = {}
+        for src in seat.sources:
+            exchange.gather(total, src, (yield from exchange.opening_steps(src)))
+            sketches[src] = exchange.sketch(src)
+        exchange.ask(exchange.choose((yield from seat.known_steps(total)), sketches))
+        for dst in seat.targets:
+            yield from exchange.answer_steps(dst)
+        for src in seat.sources:
+            exchange.gather(total, src, exchange.rest(src, sketches[src]))
+
+
+class _Keys(NamedTuple):
+    """Keys and values of another rank, [n, 2, D], head after head: where they are, and where each request's lie."""
+
+    kv: Tensor
+    positions: Tensor
+    requests: list[list[Range]]
 
 
 class _Exchange:
-    """One step: what is in flight of it, and what each message has."""
+    """What is in flight of one step's keys, and what each message has."""
 
-    def __init__(
-        self, policy: TopMass, core: CSAAttention, q: Tensor, kv: Tensor, batch: RaggedBatch, order: RingOrder
-    ) -> None:
-        self.policy, self.core, self.order, self.batch = policy, core, order, batch
-        self.q, self.kv, self.heads = q, kv, core.num_kv_heads
-        self.rank, self.sent_bytes = core.group.rank(), 0
-        # The next rank first, which sees the nearest keys; the one before in the same turn.
-        self.targets = [(self.rank + hop) % order.ranks for hop in range(1, order.ranks)]
-        self.sources = [(self.rank - hop) % order.ranks for hop in range(1, order.ranks)]
-        self._own = positions_of(run for runs in order.q[self.rank] for run in runs)
-        self._queries = query_blocks(order, self.rank)
+    def __init__(self, policy: TopMass, seat: Seat) -> None:
+        self.policy, self.seat, self.core = policy, seat, seat.core
+        self.rank, self.heads, self.sent_bytes = seat.rank, seat.kv_heads, 0
         self._flying: dict[tuple[str, int], Steps[Tensor]] = {}
         self._chosen: dict[int, Tensor] = {}
+        self._sketches: dict[int, list[Tensor]] = {}
 
     def close(self) -> None:
         """Wait for what is in flight and nobody will ask for."""
@@ -158,21 +169,26 @@ class _Exchange:
 
     def open(self) -> None:
         """Launch the keys that travel in any case, and a sketch of the others."""
-        for dst, src in zip(self.targets, self.sources, strict=True):
-            there = self._cut(self.rank, src)
-            message = self._opening(self._cut(dst, self.rank))
-            self._launch("opening", message, dst, src, (sum(self._opening_bytes(there)),))
+        for dst, src in zip(self.seat.targets, self.seat.sources, strict=True):
+            there = self._opening_bytes(self._cut(self.rank, src), self.heads)
+            self._launch("opening", self._opening(dst), dst, src, (sum(there),))
 
-    def opening_steps(self, src: int) -> Steps[tuple[Partial, Tensor]]:
-        """What this rank's queries gather from the keys that travel in any case; and what the others are like.
-
-        Those as [2, keys, heads, D]: keys by their sketch, and the mean of values around each.
-        """
+    def opening_steps(self, src: int) -> Steps[_Keys]:
+        """The keys that travel in any case."""
         message, cut = (yield from self._flying["opening", src]), self._cut(self.rank, src)
-        whole, scales, codes, means = message.split(self._opening_bytes(cut))
-        keys = whole.clone().view(self.q.dtype).view(-1, 2, self.core.head_dim)
-        partial = self._attend(keys, self._positions(src)[cut.whole].repeat(self.heads), [cut.whole_of] * self.heads)
-        sketch = keys.new_empty(2, len(cut.rest), self.heads, self.core.head_dim, dtype=torch.float32)
+        whole, *self._sketches[src] = message.split(self._opening_bytes(cut, self.heads))
+        kv = whole.clone().view(self.seat.kv.dtype).view(-1, 2, self.core.head_dim)
+        positions = self.seat.positions(src)[cut.whole].repeat(self.heads)
+        return _Keys(kv, positions, [list(cut.whole_of)] * self.heads)
+
+    def sketch(self, src: int) -> Tensor:
+        """What the other keys are like, when the opening is here.
+
+        [2, keys, heads, D]: keys by their sketch, and the mean of values around each.
+        """
+        (scales, codes, means), cut = self._sketches.pop(src), self._cut(self.rank, src)
+        shape = 2, len(cut.rest), self.heads, self.core.head_dim
+        sketch = torch.empty(shape, dtype=torch.float32, device=codes.device)
         if len(cut.rest):
             codes = codes.view(len(cut.rest), self.heads, -1)
             sketch[0] = decode_sketch(scales.view(self.heads, -1), codes, self.core.head_dim)
@@ -181,68 +197,82 @@ class _Exchange:
             )
             sizes = torch.tensor([group.size for group in _groups(cut)], device=values.device)
             sketch[1] = values.view(len(sizes), *sketch.shape[2:]).repeat_interleave(sizes, 0)
-        return partial, sketch
+        return sketch
+
+    def gather(self, total: PartialSum, src: int, keys: _Keys) -> None:
+        """Add what all queries here gather from keys of another rank, but for those of its own tokens."""
+        for part in self.seat.parts:
+            if part.rank != src:
+                total.add(part.rows, *self.attend(part, src, keys))
+
+    def attend(self, part: Part, src: int, keys: _Keys) -> tuple[Tensor, Tensor]:
+        """What the queries of a part gather from keys of another rank."""
+        return self.seat.attend(part, keys.kv, keys.positions, request_lists(part.queries, keys.requests))
 
     def choose(self, lse: Tensor, sketches: Mapping[int, Tensor]) -> dict[int, Tensor]:
-        """The blocks [heads, blocks] of each other rank that this rank's queries want."""
-        cuts = {src: self._cut(self.rank, src) for src in self.sources}
+        """The blocks [heads, blocks] of each other rank that the queries here want, whose mass so far is `lse`."""
+        cuts = {src: self._cut(self.rank, src) for src in self.seat.sources}
         chosen = {src: torch.zeros(self.heads, len(cut.blocks), dtype=torch.bool) for src, cut in cuts.items()}
-        for rows, request in self._queries:
-            sizes: list[int] = []
-            keys, positions = [], []
-            for src, cut in cuts.items():
-                blocks = cut.blocks[slice(*cut.blocks_of[request])]
-                sizes += [block.size for block in blocks]
-                those = slice(blocks[0].start, blocks[-1].stop) if blocks else slice(0)
-                keys.append(sketches[src][0, those])
-                positions.append(self._positions(src)[cut.rest[those]])
-            if not sizes:
-                continue
-            ends = [0, *accumulate(sizes)]
-            wanted = self._wanted(rows, lse, torch.cat(keys), torch.cat(positions), list(map(Range, ends, ends[1:])))
-            counts = [cut.blocks_of[request].size for cut in cuts.values()]
-            for (src, cut), some in zip(cuts.items(), wanted.split(counts, 1), strict=True):
-                chosen[src][:, slice(*cut.blocks_of[request])] |= some
+        for part in self.seat.parts:
+            others = {src: cut for src, cut in cuts.items() if src != part.rank}
+            for rows, request in part.queries:
+                sizes: list[int] = []
+                keys, positions = [], []
+                for src, cut in others.items():
+                    blocks = cut.blocks[slice(*cut.blocks_of[request])]
+                    sizes += [block.size for block in blocks]
+                    those = slice(blocks[0].start, blocks[-1].stop) if blocks else slice(0)
+                    keys.append(sketches[src][0, those])
+                    positions.append(self.seat.positions(src)[cut.rest[those]])
+                if not sizes:
+                    continue
+                ends = [0, *accumulate(sizes)]
+                spans = list(map(Range, ends, ends[1:]))
+                wanted = self._wanted(part, rows, lse, torch.cat(keys), torch.cat(positions), spans)
+                counts = [cut.blocks_of[request].size for cut in others.values()]
+                for (src, cut), some in zip(others.items(), wanted.split(counts, 1), strict=True):
+                    chosen[src][:, slice(*cut.blocks_of[request])] |= some
         return chosen
 
     def ask(self, chosen: dict[int, Tensor]) -> None:
         """Launch the bits that say which blocks are wanted."""
         self._chosen = chosen
-        for dst, src in zip(self.targets, self.sources, strict=True):
-            count = self.heads * len(self._cut(dst, self.rank).blocks)
-            self._launch("bits", _pack(chosen[src]).to(self.q.device), src, dst, (-(-count // 8),))
+        for dst, src in zip(self.seat.targets, self.seat.sources, strict=True):
+            count = self.core.parts[dst].kv.size * len(self._cut(dst, self.rank).blocks)
+            self._launch("bits", _pack(chosen[src]).to(self.seat.kv.device), src, dst, (-(-count // 8),))
 
     def answer_steps(self, dst: int) -> Steps[None]:
         """Launch the blocks that another rank wants, when it has said which."""
-        bits, cut = (yield from self._flying["bits", dst]), self._cut(dst, self.rank)
-        wanted = _unpack(bits.cpu(), self.heads, len(cut.blocks))
+        bits, cut, there = (yield from self._flying["bits", dst]), self._cut(dst, self.rank), self.core.parts[dst].kv
+        wanted = _unpack(bits.cpu(), there.size, len(cut.blocks))
         tokens, heads = self._places(cut, wanted)
-        src = self.sources[self.targets.index(dst)]
+        src = self.seat.sources[self.seat.targets.index(dst)]
         count = len(self._places(self._cut(self.rank, src), self._chosen[src])[0])
-        message = self.kv[cut.rest[tokens].to(self.kv.device), :, heads.to(self.kv.device)]
+        kv = self.seat.kv
+        message = kv[cut.rest[tokens].to(kv.device), :, (there.start + heads).to(kv.device)]
         self._launch("blocks", message, dst, src, (count, *message.shape[1:]))
 
-    def attend_rest(self, src: int, sketch: Tensor) -> Partial:
-        """What this rank's queries gather from the sketch of the blocks that it did not ask for."""
+    def rest(self, src: int, sketch: Tensor) -> _Keys:
+        """The sketch of the blocks that were not asked for."""
         cut, others = self._cut(self.rank, src), ~self._chosen[src]
         rows, heads = self._places(cut, others)
         device = sketch.device
-        kv = sketch[:, rows.to(device), heads.to(device)].transpose(0, 1).to(self.q.dtype)
-        return self._attend(kv, self._positions(src)[cut.rest[rows]], self._parts(cut, others))
+        kv = sketch[:, rows.to(device), heads.to(device)].transpose(0, 1).to(self.seat.q.dtype)
+        return _Keys(kv, self.seat.positions(src)[cut.rest[rows]], self._requests(cut, others))
 
-    def arrival_steps(self, src: int) -> Steps[Partial]:
-        """What this rank's queries gather from the blocks that it asked for."""
+    def arrival_steps(self, src: int) -> Steps[_Keys]:
+        """The blocks that were asked for."""
         kv, cut, chosen = (yield from self._flying["blocks", src]), self._cut(self.rank, src), self._chosen[src]
         rows, _ = self._places(cut, chosen)
-        return self._attend(kv, self._positions(src)[cut.rest[rows]], self._parts(cut, chosen))
+        return _Keys(kv, self.seat.positions(src)[cut.rest[rows]], self._requests(cut, chosen))
 
-    def _opening_bytes(self, cut: Cut) -> list[int]:
+    def _opening_bytes(self, cut: Cut, heads: int) -> list[int]:
         """Of the keys that travel in any case; of the directions of the sketch, its codes, and the mean values."""
         scales, codes = sketch_bytes(self.core.head_dim)
-        whole = len(cut.whole) * 2 * self.core.head_dim * self.q.itemsize
+        whole = len(cut.whole) * 2 * self.core.head_dim * self.seat.kv.itemsize
         means = len(_groups(cut)) * encoded_width(self.core.head_dim, "int8")
         sizes = whole, scales if len(cut.rest) else 0, codes * len(cut.rest), means
-        return [self.heads * size for size in sizes]
+        return [heads * size for size in sizes]
 
     def _launch(self, what: str, x: Tensor, dst: int, src: int, shape: tuple[int, ...]) -> None:
         self.sent_bytes += x.numel() * x.itemsize
@@ -257,33 +287,39 @@ class _Exchange:
         )
         self._flying[what, src] = comm.start(steps)
 
-    def _opening(self, cut: Cut) -> Tensor:
-        whole = self.kv[cut.whole.to(self.kv.device)].permute(2, 0, 1, 3).contiguous().view(torch.uint8).flatten()
+    def _opening(self, dst: int) -> Tensor:
+        cut, heads = self._cut(dst, self.rank), slice(*self.core.parts[dst].kv)
+        kv = self.seat.kv[:, :, heads]
+        whole = kv[cut.whole.to(kv.device)].permute(2, 0, 1, 3).contiguous().view(torch.uint8).flatten()
         if not len(cut.rest):
             return whole
-        (scales, codes), rest = self._sketch, cut.rest.to(self.kv.device)
-        means = encode(block_means(self.kv[rest, 1], _groups(cut)).float().flatten(0, 1), "int8")
-        return torch.cat([whole, scales.flatten(), codes[rest].flatten(), means.flatten()])
+        (scales, codes), rest = self._sketch, cut.rest.to(kv.device)
+        means = encode(block_means(kv[rest, 1], _groups(cut)).float().flatten(0, 1), "int8")
+        return torch.cat([whole, scales[heads].flatten(), codes[rest, heads].flatten(), means.flatten()])
 
     @cached_property
     def _sketch(self) -> tuple[Tensor, Tensor]:
         """Of all own keys, as the own queries weigh them."""
-        return encode_sketch(self.kv[:, 0], self.q, self.core.kv_head_of)
+        return encode_sketch(self.seat.kv[:, 0], self.seat.own_q, self.core.kv_head_of)
 
-    def _wanted(self, rows: Range, lse: Tensor, keys: Tensor, positions: Tensor, blocks: Sequence[Range]) -> Tensor:
-        """Which blocks [heads, blocks] of sketched keys some of these queries want, whose mass so far is `lse`."""
-        read, wanted = self.core.kv_head_of, torch.zeros(self.heads, len(blocks), dtype=torch.bool)
+    def _wanted(
+        self, part: Part, rows: Range, lse: Tensor, keys: Tensor, positions: Tensor, blocks: Sequence[Range]
+    ) -> Tensor:
+        """Which blocks [heads, blocks] of sketched keys some queries of a part want."""
+        seat, read = self.seat, self.core.reads(self.rank)
+        wanted = torch.zeros(self.heads, len(blocks), dtype=torch.bool)
         step = -(-CHUNK // self.policy.rows) * self.policy.rows
         for start in range(rows.start, rows.stop, step):
-            part = slice(start, min(start + step, rows.stop))
-            age = self._own[part, None] - positions
+            those = Range(start, min(start + step, rows.stop))
+            here = slice(*those.shift(part.rows.start))
+            age = part.positions[slice(*those), None] - positions
             seen = age >= 0 if self.core.window is None else (age >= 0) & (age < self.core.window)
             hidden = ~seen[:, None].to(lse.device)
             for head in range(self.heads):
                 own = slice(read.index(head), read.index(head) + read.count(head))
-                q, estimates = self.q[part, own].to(lse.dtype), keys[:, head].to(lse.dtype)
+                q, estimates = seat.q[here, own].to(lse.dtype), keys[:, head].to(lse.dtype)
                 scores = torch.einsum("shd,nd->shn", q, estimates) * self.core.softmax_scale
-                shares, base = block_masses(scores.masked_fill_(hidden, -torch.inf), lse[part, own], blocks)
+                shares, base = block_masses(scores.masked_fill_(hidden, -torch.inf), lse[here, own], blocks)
                 wanted[head] |= self._chosen_of(shares.mean(1), base.mean(1)).cpu()
         return wanted
 
@@ -295,40 +331,22 @@ class _Exchange:
         means, rest = (torch.stack([part.mean(0) for part in each]) for each in parts)
         return smallest_cover(means, rest, self.policy.coverage).any(0)
 
-    def _attend(self, kv: Tensor, positions: Tensor, parts: Sequence[Sequence[Range]]) -> Partial:
-        """This rank's queries over keys that lie head after head, those of each request where `parts` says."""
-        return sparse_attention(
-            self.q,
-            kv[:, 0],
-            kv[:, 1],
-            request_lists(self._queries, parts),
-            q_positions=self._own,
-            k_positions=positions,
-            softmax_scale=self.core.softmax_scale,
-            kv_head_of=self.core.kv_head_of,
-            window=self.core.window,
-        )
-
     def _places(self, cut: Cut, chosen: Tensor) -> tuple[Tensor, Tensor]:
         """The tokens of chosen blocks, head after head, counted in the rest of the cut; and of which head each is."""
         sizes = torch.tensor([block.size for block in cut.blocks], dtype=torch.int64)
         heads, tokens = chosen.repeat_interleave(sizes, 1).nonzero(as_tuple=True)
         return tokens, heads
 
-    def _parts(self, cut: Cut, chosen: Tensor) -> list[list[Range]]:
+    def _requests(self, cut: Cut, chosen: Tensor) -> list[list[Range]]:
         """For each head where the chosen blocks of each request lie among all of that head."""
         sizes = chosen * torch.tensor([block.size for block in cut.blocks], dtype=torch.int64)
         bounds = [[0, *row] for row in sizes.cumsum(1).tolist()]
         return [[Range(row[part.start], row[part.stop]) for part in cut.blocks_of] for row in bounds]
 
     def _cut(self, receiver: int, owner: int) -> Cut:
-        key = ("csa.topmass.cut", self.policy, self.order, receiver, owner)
-        return kept(self.batch, key, lambda: self.policy.cut(self.order, receiver, owner))
-
-    def _positions(self, owner: int) -> Tensor:
-        """Of all keys of a rank."""
-        key = ("csa.positions", self.order, owner)
-        return kept(self.batch, key, lambda: positions_of(run for runs in self.order.kv[owner] for run in runs))
+        policy, seat, exchange = self.policy, self.seat, self.core.exchange
+        key = ("csa.topmass.cut", policy, exchange, seat.order, receiver, owner)
+        return kept(seat.batch, key, lambda: policy.cut(seat.order, receiver, owner, exchange))
 
 
 def _groups(cut: Cut) -> list[Range]:
