@@ -146,6 +146,7 @@ def test_sparse_prompts_that_leave_nothing_out() -> None:
     every = hf.CSA(TopMass(1.0))
     run_mesh((2, 2), same, "qwen3", {"prefill": every, "decode": "qship"})
     run_mesh((1, 3), same, "llama", {"prefill": hf.CSA(Strided(((3, 1),))), "decode": "local"})
+    run_mesh((1, 3), same, "llama", {"prefill": hf.CSA(Strided(((3, 1),)), "ulysses"), "decode": "qship"})
     run_mesh((1, 2), same, "mistral", {"prefill": every, "decode": "qship", "overlap": Interleave(2, min_tokens=4)})
 
 

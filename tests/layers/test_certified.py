@@ -14,9 +14,9 @@ from torch import Tensor
 
 from seqpar import comm
 from seqpar.kernels import RopeConfig
-from seqpar.layers import Certified, CSAAttention
+from seqpar.layers import CachedKV, Certified, CSAAttention
 from seqpar.layers.csa.precision import read_raises, write_raises
-from seqpar.partition import HeadMap
+from seqpar.partition import HeadMap, place_tokens
 from seqpar.ragged import RaggedBatch
 from tests.layers.reference import attend
 from tests.layers.test_ring import DIM, HEADS, Case, expected, inputs, local
@@ -121,6 +121,40 @@ def test_bounds_of_queries_that_travel_to_their_heads(case: tuple[int, list[Case
     assert cases
     for policy in (Certified(0.02, first=(2, 0)), Certified(1e-9, targets=(1.0,))):
         run_mesh((1, case[0]), certified, cases, policy, torch.float32, "ulysses")
+
+
+def decodes(mesh: comm.DeviceMesh, seeds: range) -> list[tuple[int, int]]:
+    """Narrow blocks over long prefixes, from diffuse to a needle: bytes by a sketch first, and as usual."""
+    groups, sent = comm.groups(mesh), []
+    for seed in seeds:
+        torch.manual_seed(seed)
+        new, old, scale = 1 + seed % 3, int(torch.randint(65, 300, ())), 0.3 * 2 ** (seed % 6)
+        q, k, v = (torch.randn(old + new, h, DIM) for h in (4, 2, 2))
+        q = q * scale
+        v = v * torch.rand(len(v), 1, 1)
+        batch = RaggedBatch.build([new], [old + new])
+        wanted = attend(q.double(), k.double(), v.double(), None)
+        own = [p for run in place_tokens(old, groups.sp.size(), "contiguous")[groups.sp.rank()] for p in run.positions]
+        cached = CachedKV.placed(k[own], v[own], [old], groups.sp.size(), "contiguous")
+        numbers = []
+        for policy in (Certified(0.03), Certified(0.03, narrow=0)):
+            core = CSAAttention(HeadMap(4, 2), DIM, group=groups.sp, policy=policy)
+            rows = core.rows(batch) + old
+            found = core.attend(q[rows], k[rows], v[rows], batch, cached)
+            error = (found.out.double() - wanted[rows]).norm(dim=-1)
+            longest = v.norm(dim=-1).cummax(0).values.repeat_interleave(2, 1)[rows]
+            assert (error <= found.bound).all(), (seed, policy)
+            assert (found.bound <= 0.03 * longest * (1 + 1e-5)).all(), (seed, policy)
+            numbers.append(found.sent_bytes)
+        sent.append((numbers[0], numbers[1]))
+    return sent
+
+
+@pytest.mark.parametrize("seeds", thinned([range(6), range(6, 300)], lambda seeds: len(seeds) == 6), ids=len)
+def test_narrow_blocks_drop_tokens_with_a_certificate(seeds: range) -> None:
+    found = run_mesh((1, 2), decodes, seeds)
+    few, many = (sum(sent[at] for rank in found for sent in rank) for at in (0, 1))
+    assert few < 0.97 * many, (few, many)
 
 
 def without_error(mesh: comm.DeviceMesh, cases: list[Case], dtype: torch.dtype, exchange: str) -> None:

@@ -78,8 +78,8 @@ class Certified(Policy):
         targets: of each round of requests, the part of a query's budget that the plan aims at.
         plan_rows: queries of a KV head that a plan is made for, at most.
         narrow: to a rank with at most so many tokens (a decode, a narrow block of queries) first goes a `sketch`.
-        sketch: levels of the bits of that: keys in some four bits a number, values in none. Tokens that no bound hangs
-            on get no more: they are dropped, with a certificate.
+        sketch: levels of the bits of that: keys in some three bits a number, values in none or one. Tokens that no
+            bound hangs on get no more of either, and so they are dropped, with a certificate.
 
     Raises:
         ValueError: an `epsilon` that is negative or not finite; targets that are not positive, or more than three;
@@ -91,8 +91,8 @@ class Certified(Policy):
     first: tuple[int, int] = (4, 2)
     targets: tuple[float, ...] = (1.4, 1.0, 0.92)
     plan_rows: int = 2048
-    narrow: int = 16
-    sketch: tuple[int, int] = (4, -4)
+    narrow: int = 8
+    sketch: tuple[int, int] = (3, -1)
 
     def __post_init__(self) -> None:
         if not (isfinite(self.epsilon) and self.epsilon >= 0):
@@ -187,7 +187,8 @@ class _Exchange:
             receiver = yield from self._certified()
         found = receiver.out, torch.stack((receiver.lse, receiver.bound), -1)
         out, numbers = yield from self.seat.handed_home_steps(*found)
-        return CSAResult(out, *numbers.unbind(-1), self.sent_bytes + self.seat.sent_bytes, self.rounds)
+        lse, bound = numbers.unbind(-1)
+        return CSAResult(out, lse, bound, self.sent_bytes + self.seat.sent_bytes, self.rounds)
 
     def _exact(self) -> Steps[Receiver]:
         """Everything as it is."""
