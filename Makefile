@@ -56,8 +56,8 @@ test: lint  ## what CI runs: lint, then the fast tests
 	@echo "test: pytest"
 	@$(BIN)/python -m pytest -q -n 2 --dist worksteal -m 'not slow and not gpu'
 
-soak: $(STAMP)  ## random histories of the loop over requests: 10,000 steps, four ranks (minutes)
-	@$(BIN)/python -m pytest -q -s tests/batching/test_master.py
+soak: $(STAMP)  ## random histories of the loop over requests: 10,000 steps, and 1,000 on four ranks (ten minutes)
+	@$(BIN)/python -m pytest -q -s tests/batching/test_master.py tests/soak
 
 fuzz: $(STAMP)  ## public functions with random arguments, for an hour; SECONDS=60 for a minute
 	@SEQPAR_FUZZ_SECONDS=$(SECONDS) $(BIN)/python -m pytest -q tests/fuzz

@@ -62,6 +62,45 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {  # what is not done here may be said not
 }
 
 
+def schema_of(name: str) -> dict[str, Any]:
+    """What bodies say, as an OpenAPI document; null is as good as nothing."""
+
+    def maybe(kind: str, **bounds: Any) -> dict[str, Any]:
+        return {"type": [kind, "null"], **bounds}
+
+    text, some = {"type": "string"}, {"type": "string", "minLength": 1}
+    ids = {"type": "array", "minItems": 1, "items": {"type": "integer", "minimum": 0}}
+    prompts = {"type": "array", "minItems": 1, "maxItems": MOST_CHOICES, "items": {"anyOf": [some, ids]}}
+    part = {"type": "object", "required": ["type", "text"], "properties": {"type": {"enum": ["text"]}, "text": text}}
+    said = {"role": text, "content": {"anyOf": [text, {"type": "array", "items": part}]}}
+    message = {"type": "object", "required": ["role", "content"], "properties": said}
+    count = maybe("integer", minimum=1)
+    options: dict[str, Any] = {
+        "model": {"enum": [name, None]},
+        "max_tokens": count,
+        "n": maybe("integer", minimum=1, maximum=MOST_CHOICES),
+        "temperature": maybe("number", minimum=0),
+        "top_p": maybe("number", exclusiveMinimum=0, maximum=1),
+        "top_k": count,
+        "seed": maybe("integer"),
+        "stop": {"anyOf": [maybe("string"), {"type": "array", "items": some}]},
+        "stream": maybe("boolean"),
+        "stream_options": maybe("object", properties={"include_usage": {"type": "boolean"}}),
+        **{each: {} for each in IGNORED},
+        **{each: {"enum": [*values, None]} for each, values in NEUTRAL.items()},
+    }
+    chat = {"messages": {"type": "array", "minItems": 1, "items": message}, "max_completion_tokens": count}
+    own = {"completions": {"prompt": {"anyOf": [some, ids, prompts]}}, "chat/completions": chat}
+    paths = {}
+    for path, first in own.items():
+        properties, required = {**first, **options}, [next(iter(first))]
+        body = {"type": "object", "required": required, "properties": properties, "additionalProperties": False}
+        answers = {"200": {"description": "the answer, or its events"}, "4XX": {"description": "refused, with why"}}
+        content = {"required": True, "content": {"application/json": {"schema": body}}}
+        paths[f"/v1/{path}"] = {"post": {"requestBody": content, "responses": answers}}
+    return {"openapi": "3.1.0", "info": {"title": "seqpar's example server", "version": "1"}, "paths": paths}
+
+
 class RefusedError(Exception):
     """What a client asked for cannot be done; `param` names the part of the body."""
 
@@ -312,7 +351,8 @@ def parse_chat(body: Body, tokenizer: Any) -> Job:
             if not all(isinstance(part, dict) and part.get("type") == "text" for part in parts):
                 raise RefusedError("`messages` must hold texts, got content of another type", "messages")
             parts = "".join(body.take_text(part.get("text"), "messages") for part in parts)
-        messages.append({"role": each["role"], "content": body.take_text(parts, "messages")})
+        role = body.take_text(each["role"], "messages")
+        messages.append({"role": role, "content": body.take_text(parts, "messages")})
     if not messages:
         raise RefusedError("`messages` must hold at least one message, got none", "messages")
     options: dict[str, Any] = {"tokenize": False, "add_generation_prompt": True}
@@ -328,15 +368,18 @@ def parse_chat(body: Body, tokenizer: Any) -> Job:
 def _job(body: Body, prompts: list[list[int]], max_tokens: int | None, *, chat: bool) -> Job:
     if max_tokens is not None and max_tokens < 1:
         raise RefusedError(f"`max_tokens` must be at least 1, got {max_tokens}", "max_tokens")
-    n, stop = body.take("n", int, 1), body.left.pop("stop", None) or []
-    stop = [body.take_text(each, "stop") for each in (stop if isinstance(stop, list) else [stop])]
+    n, stop = body.take("n", int, 1), body.left.pop("stop", None)
+    stop = [] if stop is None or stop == "" else stop if isinstance(stop, list) else [stop]
+    stop = [body.take_text(each, "stop") for each in stop]
     if n < 1 or n * len(prompts) > MOST_CHOICES:
         raise RefusedError(f"`n` must give 1 to {MOST_CHOICES} choices, got {n} for {len(prompts)} prompt(s)", "n")
     sampling = {"temperature": body.take("temperature", float, 1.0), "top_p": body.take("top_p", float, 1.0)}
     sampling |= {name: value for name in ("seed", "top_k") if (value := body.take(name, int)) is not None}
     stream, usage = body.take("stream", bool, False), body.take("stream_options", dict, {}).get("include_usage", False)
+    if not isinstance(usage, bool):
+        raise RefusedError(f"`include_usage` must be of type bool, got {str(usage)[:100]!r}", "stream_options")
     body.end()
-    return Job(prompts, max_tokens, sampling, stop, n, stream, bool(usage), chat)
+    return Job(prompts, max_tokens, sampling, stop, n, stream, usage, chat)
 
 
 # The server.
@@ -358,6 +401,7 @@ class Server:
     def application(self) -> Starlette:
         routes = [
             Route("/health", self.health),
+            Route("/openapi.json", self.schema),
             Route("/v1/models", self.models),
             Route("/v1/models/{name:path}", self.model),
             Route("/v1/completions", self.completions, methods=["POST"]),
@@ -368,6 +412,9 @@ class Server:
 
     async def health(self, call: Call) -> Response:
         return JSONResponse({"status": "ok", "live": len(self.worker.loop.live)})
+
+    async def schema(self, call: Call) -> Response:
+        return JSONResponse(schema_of(self.name))
 
     async def models(self, call: Call) -> Response:
         return JSONResponse({"object": "list", "data": [self._card()]})
@@ -384,11 +431,9 @@ class Server:
 
     async def _answer(self, call: Call, parse: Callable[[Body, Any], Job]) -> Response:
         body = Body(await call.body())
+        name = f"{'chatcmpl' if parse is parse_chat else 'cmpl'}-{secrets.token_hex(12)}"
         self._check_name(body.take("model", str, self.name))
-        job, name = (
-            parse(body, self.tokenizer),
-            f"{'chatcmpl' if parse is parse_chat else 'cmpl'}-{secrets.token_hex(12)}",
-        )
+        job = parse(body, self.tokenizer)
         try:
             kv = self.worker.loop.kv
             requests = job.requests(name, self.tokenizer.eos_token_id, kv.num_pages * kv.page_size)
@@ -504,12 +549,17 @@ def _event(content: dict[str, Any]) -> str:
 
 
 async def _refuse(call: Call, error: RefusedError) -> Response:
-    return JSONResponse(error.body, error.status)
+    return _refusal(error)
 
 
 async def _not_found(call: Call, error: HTTPException) -> Response:
     found = RefusedError(f"{call.method} {call.url.path}: {error.detail}", status=error.status_code)
-    return JSONResponse(found.body, found.status, headers=error.headers)
+    return _refusal(found, headers=error.headers)
+
+
+def _refusal(error: RefusedError, **options: Any) -> Response:
+    """In ASCII: what a client said may have halves of characters, which have no bytes."""
+    return Response(json.dumps(error.body), error.status, media_type="application/json", **options)
 
 
 def main(arguments: list[str] | None = None) -> int:

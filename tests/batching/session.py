@@ -465,7 +465,7 @@ def soak(setup: Setup, case: Case, steps: int, seed: int) -> Session:
     draw, session = random.Random(seed), Session(setup, case)
     pause = 200
     while session.loop.steps < steps:
-        session.act(_drawn(draw, len(session.live)))
+        session.act(drawn(draw, len(session.live)))
         if session.loop.steps > pause:
             pause = session.loop.steps + draw.randint(50, 400)
             session.finish()
@@ -475,7 +475,7 @@ def soak(setup: Setup, case: Case, steps: int, seed: int) -> Session:
     return session
 
 
-def _drawn(draw: random.Random, live: int) -> tuple[Any, ...]:
+def drawn(draw: random.Random, live: int) -> tuple[Any, ...]:
     kind = draw.random()
     if kind < 0.35 and live < 12:
         cut, tail = draw.randint(0, CUT), draw.randint(0, TAIL)

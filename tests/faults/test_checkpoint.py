@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
 import os
+import pickle
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -167,3 +170,59 @@ def test_a_header_that_lies(tmp_path: Path) -> None:
     file.write_bytes(len(deep).to_bytes(8, "little") + deep)
     with pytest.raises(ValueError, match="must hold valid JSON"):
         Checkpoint.open(tmp_path)
+
+
+class Bomb:
+    """Who unpickles it writes a file."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.write_text, (self.target, "unpickled")
+
+
+def refuses_pickles(mesh: comm.DeviceMesh, path: Path) -> None:
+    weights = (path / FILE).read_bytes()
+    for name in ("pytorch_model.bin", "model.pt", FILE):
+        (path / FILE).unlink()
+        (path / name).write_bytes(pickle.dumps(Bomb(path / "exploded")))
+        said = "must begin with a safetensors header" if name == FILE else f"with {name}; other formats are not read"
+        with pytest.raises(ValueError, match=re.escape(said)):
+            hf.load(path, mesh, progress=False, verify=name == FILE)
+        (path / name).unlink()
+        (path / FILE).write_bytes(weights)
+    (path / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb(path / "exploded")))
+    hf.load(path, mesh, progress=False)  # beside what is read, it is not looked at
+    assert not (path / "exploded").exists()
+
+
+def test_nothing_is_unpickled(tmp_path: Path) -> None:
+    run_mesh((1, 1), refuses_pickles, saved(tmp_path, "llama", num_hidden_layers=1))
+
+
+LOADERS = {"numpy.load", "np.load", "torch.load", "torch.serialization.load", "torch.jit.load", "torch.hub.load"}
+UNPICKLERS = {"cloudpickle", "cPickle", "dill", "joblib", "marshal", "pickle", "shelve"}
+BETWEEN_RANKS = {
+    "batching/sharing.py": "what rank 0 says to the others",
+    "batching/fusion.py": "tries whether a name travels",
+}
+"""Who pickles what never was in a file."""
+
+
+def test_no_file_can_be_unpickled() -> None:
+    """Nothing in the package could: no module that does is imported, and no loader of PyTorch's or NumPy's is named."""
+    source = Path(hf.__file__).parent.parent
+    assert len(list(source.rglob("*.py"))) > 50
+    for path in source.rglob("*.py"):
+        where = str(path.relative_to(source))
+        for node in ast.walk(ast.parse(path.read_text())):
+            names: list[str] = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                names = [node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)]
+            elif isinstance(node, ast.Attribute) and node.attr == "load":
+                names = [ast.unparse(node)]
+            found = {name for name in names if name.split(".")[0] in UNPICKLERS or name in LOADERS}
+            assert not found or where in BETWEEN_RANKS, f"{where}: {found}"

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import is_dataclass
 from enum import Enum
 from fractions import Fraction
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, Union
 
@@ -39,6 +40,7 @@ class Unknown(TypeError):
     """An annotation that there are no values of."""
 
 
+@cache
 def _names(module: str) -> dict[str, Any]:
     """What annotations of a module may name: also what it imports for type checkers alone."""
     import seqpar.comm
@@ -57,12 +59,24 @@ def _parameters(fn: Callable[..., Any]) -> tuple[list[inspect.Parameter], dict[s
     if inspect.isclass(fn) and (issubclass(fn, tuple) or is_dataclass(fn)):
         return list(inspect.signature(fn).parameters.values()), typing.get_type_hints(fn, _names(fn.__module__))
     bound = inspect.isclass(fn) or inspect.ismethod(fn)
-    plain = inspect.unwrap(fn.__init__ if inspect.isclass(fn) else fn.__func__ if inspect.ismethod(fn) else fn)
+    return _of_plain(
+        inspect.unwrap(fn.__init__ if inspect.isclass(fn) else fn.__func__ if inspect.ismethod(fn) else fn), bound
+    )
+
+
+@cache
+def _of_plain(plain: Callable[..., Any], bound: bool) -> tuple[list[inspect.Parameter], dict[str, Any]]:
     try:
         hints = typing.get_type_hints(plain, _names(plain.__module__))
     except NameError as error:
         raise Unknown(str(error)) from None
     return list(inspect.signature(plain).parameters.values())[bound:], hints
+
+
+def _program(value: Any) -> collections.abc.Generator[Any, Any, Any]:
+    """Steps of which there are none."""
+    return value
+    yield
 
 
 class Values:
@@ -90,7 +104,11 @@ class Values:
                 continue
             if parameter.name not in hints:
                 raise Unknown(f"`{parameter.name}` has no annotation")
-            found[parameter.name] = self.of(hints[parameter.name])
+            try:
+                found[parameter.name] = self.of(hints[parameter.name])
+            except Unknown:
+                if parameter.default is parameter.empty:
+                    raise
         return found
 
     def make(self, cls: type) -> Any:
@@ -108,7 +126,8 @@ class Values:
         if late:  # the type checker of the tests keeps the place of a class that was not there yet
             hint = getattr(sys.modules[late[2]], late[1])
         if hint in self._given:
-            return self._given[hint]
+            given = self._given[hint]
+            return given() if isinstance(given, types.FunctionType) else given
         origin, args = typing.get_origin(hint), typing.get_args(hint)
         if hint is Any or hint is object or isinstance(hint, typing.TypeVar):
             return self.one_of((None, 3, "a"))
@@ -137,7 +156,7 @@ class Values:
             str: lambda: self.one_of(TEXTS),
             bytes: lambda: self.one_of((b"", b"abc")),
             slice: lambda: slice(*sorted(self.one_of(SIZES) for _ in range(2))),
-            Path: lambda: self.one_of((self._folder / "none", self._folder, self._folder / "garbage")),
+            Path: lambda: self._folder / self.one_of(("none", "", "garbage", "model")),
             torch.dtype: lambda: self.one_of(
                 (torch.float32, torch.float32, torch.bfloat16, torch.float64, torch.int64)
             ),
@@ -149,6 +168,8 @@ class Values:
             return simple[hint]()
         if getattr(hint, "__name__", "") == "PathLike":
             return self.plain(Path)
+        if hint in (ValueError, TypeError):
+            return hint("`x` must be right, got wrong")
         if (
             not isinstance(hint, type)
             or not hint.__module__.startswith("seqpar.")
@@ -160,7 +181,9 @@ class Values:
         return self.make(hint)
 
     def container(self, origin: Any, args: tuple[Any, ...]) -> Any:
-        if origin in (type, collections.abc.Callable, collections.abc.Generator, collections.abc.Iterator):
+        if origin is collections.abc.Generator:
+            return _program(self.one_of((None, 3)))
+        if origin in (type, collections.abc.Callable, collections.abc.Iterator):
             raise Unknown(f"{origin}")
         if getattr(origin, "__name__", "") == "PathLike":
             return self.plain(Path)

@@ -40,7 +40,13 @@ Algorithm = Literal["one_shot", "two_shot", "backend"]
 
 
 def all_reduce_algorithm(num_bytes: int, p: int, deterministic: bool, device_type: str) -> Algorithm:
-    """The algorithm for a tensor of `num_bytes` over `p` ranks; the same answer on every rank."""
+    """The algorithm for a tensor of `num_bytes` over `p` ranks; the same answer on every rank.
+
+    Raises:
+        ValueError: no ranks.
+    """
+    if p < 1:
+        raise ValueError(f"`p` must be at least 1, got {p}")
     if device_type == "cuda" and not deterministic:
         return "backend"
     # With two ranks one shot sends no more than any other way. The limits on CUDA are gloo's, not measured there.

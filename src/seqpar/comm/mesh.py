@@ -39,6 +39,7 @@ FLAT = "tp_sp"
 STAGED = ("pp", *AXES)
 WHOLE = "pp_tp_sp"
 _DETERMINISTIC = " deterministic"
+_MOST_S = 1e8  # three years; backends count milliseconds in 64 bits, and Python days in 32
 
 
 class Groups(NamedTuple):
@@ -115,8 +116,8 @@ def init_mesh(
         timeout_s: how long a collective of this mesh may wait for its slowest rank; with `mesh=` that is its own.
 
     Raises:
-        ValueError: the mesh does not fit into the world, `mesh` has other axes, or its groups are deterministic
-            already where `deterministic` is False.
+        ValueError: the mesh does not fit into the world, `timeout_s` is no time, `mesh` has other axes, or its groups
+            are deterministic already where `deterministic` is False.
     """
     if mesh is None:
         mesh = _make_mesh(Layout(1 if tp is None else tp, 1 if sp is None else sp), pp, device, timeout_s)
@@ -273,6 +274,8 @@ def _make_mesh(layout: Layout, pp: int | None, device: str | None, timeout_s: fl
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device not in ("cpu", "cuda"):
         raise ValueError(f'`device` must be "cpu" or "cuda", got "{device}"')
+    if not 0 < timeout_s <= _MOST_S:
+        raise ValueError(f"`timeout_s` must be positive and at most {_MOST_S:g}, got {timeout_s}")
     timeout = timedelta(seconds=timeout_s)
     _start(device, timeout)
     grids = _replicas(layout, pp)

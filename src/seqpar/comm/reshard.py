@@ -172,6 +172,7 @@ def seq_to_heads_steps(
     Source: DeepSpeed-Ulysses, arXiv:2309.14509.
     """
     plan = _plan(tuple(map(tuple, columns)), tuple(tokens), x.shape[1])
+    _check_ranks(plan, group)
     _check(plan, x, plan.tokens[group.rank()], plan.width, group)
     code = _code(plan, x, wire, head_dim)
     return (yield from _to_heads_steps(x, plan=plan, group=group, label=label, code=code, pack=pack))
@@ -201,6 +202,7 @@ def heads_to_seq_steps(
     Source: DeepSpeed-Ulysses, arXiv:2309.14509.
     """
     plan = _tiling(tuple(widths), tuple(tokens))
+    _check_ranks(plan, group)
     _check(plan, x, sum(plan.tokens), plan.widths[group.rank()], group)
     code = _code(plan, x, wire, head_dim)
     return (yield from _to_seq_steps(x, plan=plan, group=group, label=label, code=code))
@@ -287,13 +289,16 @@ def _select(x: Tensor, plan: Reshard) -> Tensor:
     return torch.cat([x[:, r.start : r.stop] for r in plan.columns[0]], 1)
 
 
-def _check(plan: Reshard, x: Tensor, rows: int, width: int, group: ProcessGroup) -> None:
+def _check_ranks(plan: Reshard, group: ProcessGroup) -> None:
     p = group.size()
     if len(plan.columns) != p or len(plan.tokens) != p:
         raise ValueError(
             f"columns and `tokens` must have an entry for each rank of {describe(group)}, "
             f"got {len(plan.columns)} and {len(plan.tokens)}"
         )
+
+
+def _check(plan: Reshard, x: Tensor, rows: int, width: int, group: ProcessGroup) -> None:
     if tuple(x.shape) != (rows, width):
         raise ValueError(
             f"`x` must be [{rows}, {width}] on rank {group.rank()} of {describe(group)}, got {list(x.shape)}"

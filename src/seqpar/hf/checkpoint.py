@@ -31,6 +31,7 @@ __all__ = ["DTYPES", "Checkpoint", "Entry", "Names", "parse_object", "read_heade
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 SINGLE, INDEX, SUMS = "model.safetensors", "model.safetensors.index.json", "SHA256SUMS"
+PICKLED = frozenset({".bin", ".ckpt", ".pkl", ".pt", ".pth"})
 _MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
 
 Names: TypeAlias = str | tuple[tuple[str, ...], ...]
@@ -109,7 +110,9 @@ class Checkpoint:
         if (path / SINGLE).is_file():
             return cls(path, read_header(path / SINGLE))
         if not (path / INDEX).is_file():
-            raise ValueError(f"`path` must hold {SINGLE} or {INDEX}, got {path}; other formats are not read")
+            others = sorted(file.name for file in path.glob("*") if file.suffix in PICKLED)
+            got = f"{path} with {others[0]}" if others else f"{path}"
+            raise ValueError(f"`path` must hold {SINGLE} or {INDEX}, got {got}; other formats are not read")
         return cls(path, _indexed(path))
 
     def check(self, shapes: Mapping[str, tuple[int, ...]], optional: Iterable[str] = ()) -> None:

@@ -82,9 +82,14 @@ def is_cut_invariant(
         deterministic: As layers of a deterministic mesh compute it.
 
     Raises:
-        ValueError: cuts that are not in order or not within the step.
+        ValueError: cuts that are not in order or not within the step; heads of nothing.
     """
     _bounds(batch.num_tokens, cuts)
+    if min(num_heads, num_kv_heads, head_dim) < 1 or not dtype.is_floating_point:
+        raise ValueError(
+            "`num_heads`, `num_kv_heads` and `head_dim` must be at least 1 and `dtype` a floating one, got "
+            f"{num_heads}, {num_kv_heads}, {head_dim} and {dtype}"
+        )
     page_size = max(1, *batch.kv_lens) if batch.kv_lens else 1
     pages = [[request] for request in range(batch.num_requests)]
     batch = RaggedBatch.build(batch.q_lens, batch.kv_lens, pages, page_size, device=batch.device)

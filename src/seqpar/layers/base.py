@@ -303,6 +303,19 @@ def gather_state_dict(root: nn.Module) -> dict[str, Tensor]:
     return found
 
 
+def check_new(dtype: torch.dtype | None, **sizes: int) -> None:
+    """Check what a layer is to be made with.
+
+    Raises:
+        ValueError: a size below 1, or a dtype that has no gradients.
+    """
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"`{name}` must be at least 1, got {size}")
+    if dtype is not None and not dtype.is_floating_point:
+        raise ValueError(f"`dtype` must be a floating one, got {dtype}")
+
+
 def check_view(stored: Layout, rank: int, layout: Layout, group: ProcessGroup) -> None:
     """Check that rank `rank` of the tensor-parallel group of `stored` holds what its rank of `group` needs in `layout`.
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from seqpar import comm, kernels
 from seqpar.comm import Groups, ProcessGroup, Steps
-from seqpar.layers.base import ShardedModule, Source, check_view, find_layout
+from seqpar.layers.base import ShardedModule, Source, check_new, check_view, find_layout
 from seqpar.partition import Layout, Piece, Range, even_ranges, even_split, shard_range
 
 __all__ = ["ParallelLMHead", "VocabParallelEmbedding", "gather_rows", "gather_rows_steps"]
@@ -56,6 +56,9 @@ class VocabParallelEmbedding(ShardedModule):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check_new(dtype, num_embeddings=num_embeddings, embedding_dim=embedding_dim)
+        if padding_idx is not None and not -num_embeddings <= padding_idx < num_embeddings:
+            raise ValueError(f"`padding_idx` must be one of {num_embeddings} rows, got {padding_idx}")
         self.num_embeddings, self.embedding_dim, self.padding_idx = num_embeddings, embedding_dim, padding_idx
         self.group, self.layout = group, Layout(group.size(), sp).check()
         self.rows = shard_range(num_embeddings, self.layout, group.rank())
@@ -190,6 +193,7 @@ class ParallelLMHead(ShardedModule):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check_new(dtype, in_features=in_features, vocab_size=vocab_size)
         self.in_features, self.vocab_size, self.group, self.seq_group = in_features, vocab_size, group, seq_group
         self.rows = even_ranges(vocab_size, group.size())[group.rank()]
         self._tied: tuple[VocabParallelEmbedding, ...] = ()  # a tuple, so that it is not registered as a child
@@ -303,7 +307,8 @@ class ParallelLMHead(ShardedModule):
         return ()
 
     def sources(self, rank: int | None = None) -> dict[str, Source]:
-        rows = even_ranges(self.vocab_size, self.group.size())[self.group.rank() if rank is None else rank]
+        flat = Layout(self.group.size(), 1)
+        rows = shard_range(self.vocab_size, flat, self.group.rank() if rank is None else rank)
         piece = (Piece(0, Range(0, rows.size), rows),)
         found: dict[str, Source] = {}
         if self.weight is not None:

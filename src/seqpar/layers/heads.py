@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from seqpar.comm import Groups, ProcessGroup
-from seqpar.layers.base import ShardedModule, Source
+from seqpar.layers.base import ShardedModule, Source, check_new
 from seqpar.partition import HeadMap, Piece, Range
 
 __all__ = ["HeadParameter"]
@@ -47,6 +47,7 @@ class HeadParameter(ShardedModule):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check_new(dtype, shape=min(shape, default=1))
         if group.size() != heads.size:
             raise ValueError(f"`group` must be all {heads.size} ranks of `heads`, got {group.size()}; pass groups.flat")
         self.name, self.heads, self.shape, self.group = name, heads, shape, group
@@ -73,7 +74,10 @@ class HeadParameter(ShardedModule):
         return self.group
 
     def sources(self, rank: int | None = None) -> dict[str, Source]:
-        own = self.heads.q_ranges[self.group.rank() if rank is None else rank]
+        rank = self.group.rank() if rank is None else rank
+        if not 0 <= rank < self.heads.size:
+            raise ValueError(f"`rank` must lie in [0, {self.heads.size}), got {rank}")
+        own = self.heads.q_ranges[rank]
         pieces = (Piece(0, Range(0, own.size), own),)
         return {self.name: Source((self.heads.num_heads, *self.shape), "weight", pieces)}
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from seqpar import comm, kernels
 from seqpar.comm import Groups, ProcessGroup, Steps, Wire
 from seqpar.kernels.quantize import check_wire
-from seqpar.layers.base import ShardedModule, Source, check_gradients, check_view, find_layout
+from seqpar.layers.base import ShardedModule, Source, check_gradients, check_new, check_view, find_layout
 from seqpar.partition import HeadMap, Layout, Piece, Range, block_ranges, even_split, shard_range
 
 __all__ = ["ColumnParallelLinear", "GateUpParallelLinear", "QKVParallelLinear", "RowParallelLinear", "Shard"]
@@ -236,6 +236,7 @@ class ColumnParallelLinear(_ColumnParallel):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        check_new(dtype, in_features=in_features, out_features=out_features)
         self.in_features, self.out_features = in_features, out_features
         rows = shard_range(out_features, Layout(group.size(), sp).check(), group.rank()).size
         super().__init__(
@@ -319,6 +320,7 @@ class QKVParallelLinear(_ColumnParallel):
     ) -> None:
         if heads.tp != group.size():
             raise ValueError(f"`heads.tp` must be the group size ({group.size()}), got {heads.tp}")
+        check_new(dtype, in_features=in_features, head_dim=head_dim)
         self.in_features, self.heads, self.head_dim = in_features, heads, head_dim
         rows = heads.width(group.rank()) * head_dim
         super().__init__(
@@ -441,6 +443,7 @@ class GateUpParallelLinear(_ColumnParallel):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        check_new(dtype, in_features=in_features, out_features=out_features)
         self.in_features, self.out_features = in_features, out_features
         rows = 2 * shard_range(out_features, Layout(group.size(), sp).check(), group.rank()).size
         super().__init__(
@@ -538,6 +541,7 @@ class RowParallelLinear(_ShardedLinear):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        check_new(dtype, in_features=in_features, out_features=out_features, unit=unit)
         if in_features % unit:
             raise ValueError(f"`in_features` must be a multiple of `unit` ({unit}), got {in_features}")
         self.in_features, self.out_features, self.unit = in_features, out_features, unit

@@ -30,7 +30,16 @@ from torch import Tensor, nn
 from seqpar import comm, kernels
 from seqpar.comm import Groups, ProcessGroup, Steps, Wire
 from seqpar.kernels.quantize import check_wire
-from seqpar.layers.base import ShardedModule, Source, check_covered, check_gradients, check_view, find_layout, part_of
+from seqpar.layers.base import (
+    ShardedModule,
+    Source,
+    check_covered,
+    check_gradients,
+    check_new,
+    check_view,
+    find_layout,
+    part_of,
+)
 from seqpar.layers.linear import Tokens, enter_steps
 from seqpar.layers.mlp import check_activation, given
 from seqpar.partition import Layout, Piece, Range, block_ranges, even_ranges, even_split, shard_range
@@ -87,6 +96,7 @@ class ParallelMoE(nn.Module):
         super().__init__()
         if experts not in get_args(ExpertPlacement):
             raise ValueError(f'`experts` must be "tp" or "ep", got {experts!r}')
+        check_new(dtype, hidden_size=hidden_size, intermediate_size=intermediate_size)
         made: dict[str, Any] = {"device": device, "dtype": dtype}
         self.gate: nn.Module = _Router(hidden_size, num_experts, top_k, renormalise, rounded, **made)
         shape = _Shape(num_experts, hidden_size, intermediate_size)

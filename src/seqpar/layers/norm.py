@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from seqpar import comm
 from seqpar.comm import Groups, ProcessGroup
 from seqpar.kernels import rms_norm
-from seqpar.layers.base import ShardedModule, Source, check_covered
+from seqpar.kernels.rms_norm import check_eps
+from seqpar.layers.base import ShardedModule, Source, check_covered, check_new
 
 __all__ = ["RMSNorm", "is_plain"]
 
@@ -42,6 +43,8 @@ class RMSNorm(ShardedModule):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check_new(dtype, size=size)
+        check_eps(eps)
         self.eps, self.over_tp = eps, over_tp
         self.weight = nn.Parameter(torch.ones(size, device=device, dtype=dtype))
 

@@ -45,7 +45,7 @@ from seqpar import comm
 from seqpar.comm import ProcessGroup, Steps
 from seqpar.kernels import add_sinks, attention, merge, tile_attention, tile_gradients
 from seqpar.kernels.quantize import Wire, check_wire, decode, encode, encoded_width
-from seqpar.layers.base import drop_child_names
+from seqpar.layers.base import check_new, drop_child_names
 from seqpar.layers.heads import HeadParameter
 from seqpar.partition import HeadMap, Held, Placement, Range, RingOrder, Run, Tile, place_tokens, ring_peers
 from seqpar.ragged import RaggedBatch
@@ -122,6 +122,7 @@ class PlacedAttention(nn.Module):
         softmax_scale: float | None,
     ) -> None:
         super().__init__()
+        check_new(None, head_dim=head_dim)
         if window is not None and window < 1:
             raise ValueError(f"`window` must be at least 1 key or None, got {window}")
         if not 0 <= tp_rank < heads.tp:

@@ -33,7 +33,7 @@ from seqpar.kernels.columns import KEY, OTHER, QUERY, ColumnPlan, Norm, pack_hea
 from seqpar.kernels.dispatch import wants_grad
 from seqpar.kernels.quantize import Wire, check_wire
 from seqpar.kv import PagedKV, StripedKV
-from seqpar.layers.base import drop_child_names, find_layout
+from seqpar.layers.base import check_new, drop_child_names, find_layout
 from seqpar.layers.heads import HeadParameter
 from seqpar.layers.norm import is_plain
 from seqpar.partition import HeadMap, Layout, Range, even_ranges, even_split, layout_names
@@ -94,6 +94,7 @@ class UlyssesAttention(nn.Module):
     ) -> None:
         super().__init__()
         check_wire(wire)
+        check_new(None, head_dim=head_dim)
         if heads.sp != group.size() or not 0 <= tp_rank < heads.tp:
             raise ValueError(
                 f"`heads` must be split over the group's {group.size()} sequence ranks and hold tp rank {tp_rank}, "
@@ -131,8 +132,18 @@ class UlyssesAttention(nn.Module):
         self.exchanges[layout] = self._exchange(self.heads.on(layout), group, self.rank // layout.sp)
 
     def pack(self, q: Float[Tensor, "t h d"], k: Float[Tensor, "t g d"], v: Float[Tensor, "t g d"]) -> Tensor:
-        """Lay separate projections out as `steps` takes them: [T, C] in the order of `HeadMap.storage`."""
+        """Lay separate projections out as `steps` takes them: [T, C] in the order of `HeadMap.storage`.
+
+        Raises:
+            ValueError: shapes that are not those of this shard's heads.
+        """
         tp_rank = self.rank // self.heads.sp
+        heads = self.heads.q_shard(tp_rank).size, *[self.heads.kv_shard(tp_rank).size] * 2
+        expected = [(len(q), each, self.head_dim) for each in heads]
+        if [tuple(x.shape) for x in (q, k, v)] != expected:
+            raise ValueError(
+                f"`q`, `k` and `v` must have shapes {expected}, got {list(q.shape)}, {list(k.shape)}, {list(v.shape)}"
+            )
         stored = {
             "q": (self.heads.q_shard(tp_rank).start, q),
             "kv": (self.heads.kv_shard(tp_rank).start, rearrange([k, v], "two t g d -> t g (two d)")),
@@ -146,8 +157,15 @@ class UlyssesAttention(nn.Module):
     def unpack(
         self, qkv: Float[Tensor, "t c"], *, layout: Layout | None = None
     ) -> tuple[Float[Tensor, "t h d"], Float[Tensor, "t g d"], Float[Tensor, "t g d"]]:
-        """`pack` undone: q, k and v of the shard that this rank has in `layout`, heads in order."""
+        """`pack` undone: q, k and v of the shard that this rank has in `layout`, heads in order.
+
+        Raises:
+            ValueError: columns that are not those of this shard's heads, or a layout of other ranks.
+        """
         heads = self.heads if layout is None else self.heads.on(layout)
+        width = heads.width(self.rank // heads.sp) * self.head_dim
+        if qkv.shape[1] != width:
+            raise ValueError(f"`qkv` must have {width} columns, got {qkv.shape[1]}")
         columns = qkv.unflatten(1, (-1, self.head_dim))
         parts: dict[str, list[Tensor]] = {"q": [], "kv": []}
         for segment, at in heads.offsets(self.rank // heads.sp):

@@ -93,11 +93,13 @@ def combine(
     Grad:  to rows and weights.
 
     Raises:
-        ValueError: not one row for each weight.
+        ValueError: not one row for each weight; on a CPU, an entry that there is not.
     """
     if not len(rows) == weights.numel() == len(order):
         raise ValueError(
             f"`rows` and `order` must have one entry for each of `weights` ({weights.numel()}), "
             f"got {len(rows)} and {len(order)}"
         )
+    if order.is_cpu and len(order) and not 0 <= int(order.min()) <= int(order.max()) < len(order):
+        raise ValueError(f"`order` must name {len(order)} entries, got {int(order.min())} to {int(order.max())}")
     return reference.combine(rows, weights, order)

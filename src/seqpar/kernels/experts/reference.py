@@ -25,8 +25,16 @@ def route(
 def sort_by_expert(
     ids: Int64[Tensor, "*rows"], num_experts: int
 ) -> tuple[Int64[Tensor, " n"], Int64[Tensor, " {num_experts}"]]:
-    """The places of all entries, sorted by expert, and how many each expert has."""
+    """The places of all entries, sorted by expert, and how many each expert has.
+
+    Raises:
+        ValueError: on a CPU, an expert that there is not.
+    """
     flat = ids.flatten()
+    if num_experts < 0:
+        raise ValueError(f"`num_experts` must be at least 0, got {num_experts}")
+    if flat.is_cpu and len(flat) and not 0 <= int(flat.min()) <= int(flat.max()) < num_experts:
+        raise ValueError(f"`ids` must lie in [0, {num_experts}), got {int(flat.min())} to {int(flat.max())}")
     counts = flat.new_zeros(num_experts).scatter_add_(0, flat, torch.ones_like(flat))  # `bincount` waits for the GPU
     return flat.argsort(stable=True), counts
 

@@ -28,8 +28,15 @@ def linear(
     Grad:  to all three with backend "torch", which "auto" takes where gradients are wanted.
 
     Raises:
-        ValueError: `backend="onednn"` for what it cannot do.
+        ValueError: shapes or dtypes that do not fit each other; `backend="onednn"` for what it cannot do.
     """
+    if x.shape[-1] != weight.shape[-1] or (bias is not None and len(bias) != len(weight)):
+        shapes = [list(weight.shape), None if bias is None else list(bias.shape)]
+        raise ValueError(f"`weight` and `bias` must be [f, {x.shape[-1]}] and [f], got {shapes[0]} and {shapes[1]}")
+    mixed = x.dtype != weight.dtype or (bias is not None and bias.dtype != weight.dtype)
+    if mixed and not torch.is_autocast_enabled(x.device.type):
+        dtypes = f"{weight.dtype}" if bias is None else f"{weight.dtype} and {bias.dtype}"
+        raise ValueError(f"`weight` and `bias` must have the dtype of `x` ({x.dtype}), got {dtypes}")
     if backend == "auto":
         backend = linear_backend(x, weight, bias)
     elif backend == "onednn" and not onednn.takes(x, weight, bias):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 from jaxtyping import Float
 from torch import Tensor
 
 from seqpar.kernels.dispatch import Backend, choose_backend, unknown_backend
 from seqpar.kernels.rms_norm import pytorch, reference
 
-__all__ = ["add_rms_norm", "check_weight", "rms_norm"]
+__all__ = ["add_rms_norm", "check_eps", "check_weight", "rms_norm"]
 
 
 def rms_norm(
@@ -21,10 +23,10 @@ def rms_norm(
     Grad:  to x and weight.
 
     Raises:
-        ValueError: `weight` does not have one entry per column; for "triton" another dtype, or more columns than a
-            block holds.
+        ValueError: `weight` does not have one entry per column, or `eps` is not positive; for "triton" another dtype,
+            or more columns than a block holds.
     """
-    check_weight(x, weight)
+    check_weight(x, weight, eps)
     if backend == "auto":
         backend = choose_backend("rms_norm", x.device, x.dtype)
     if backend == "triton":
@@ -55,7 +57,7 @@ def add_rms_norm(
     Raises:
         ValueError: shapes or dtypes differ, or as `rms_norm`.
     """
-    check_weight(x, weight)
+    check_weight(x, weight, eps)
     if x.shape != more.shape or x.dtype != more.dtype:
         raise ValueError(
             f"`more` must have the shape and dtype of `x` ({list(x.shape)}, {x.dtype}), "
@@ -75,7 +77,14 @@ def add_rms_norm(
     raise unknown_backend(backend, "triton")
 
 
-def check_weight(x: Tensor, weight: Tensor) -> None:
-    """Raise ValueError unless a weight has one entry per column."""
+def check_weight(x: Tensor, weight: Tensor, eps: float) -> None:
+    """Raise ValueError unless a weight has one entry per column, and rows of zeros a norm."""
+    check_eps(eps)
     if weight.shape != x.shape[-1:]:
         raise ValueError(f"`weight` must have one entry per column of `x` ({x.shape[-1]}), got {list(weight.shape)}")
+
+
+def check_eps(eps: float) -> None:
+    """Raise ValueError unless something positive is added to a mean square."""
+    if not 0 < eps < math.inf:
+        raise ValueError(f"`eps` must be positive and finite, got {eps}")

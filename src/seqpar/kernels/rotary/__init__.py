@@ -67,7 +67,7 @@ def norm_rotary(
     if backend == "triton" and weight.dtype == x.dtype and not wants_grad(x, weight, cos, sin):
         from seqpar.kernels.rotary import triton
 
-        check_weight(x, weight)
+        check_weight(x, weight, eps)
         return triton.norm_rotary(x, weight, eps, cos, sin)
     return rotary(rms_norm(x, weight, eps, backend=backend), cos, sin, backend=backend)
 

@@ -7,7 +7,7 @@ LongRoPE arXiv:2402.13753; "dynamic" (NTK-aware) and "llama3" as their models' c
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
@@ -34,7 +34,8 @@ class RopeConfig:
     """How angles grow with position; the names are those of Hugging Face's `rope_parameters`.
 
     Raises:
-        ValueError: the rope type is unknown, a field that it needs is missing, or the rotated dims are odd.
+        ValueError: the rope type is unknown, a field that it needs is missing, a number is not positive and finite, or
+            the rotated dims are odd.
     """
 
     head_dim: int
@@ -64,14 +65,35 @@ class RopeConfig:
         missing = [name for name in needed if getattr(self, name) is None]
         if missing:
             raise ValueError(f"`rope_type` {self.rope_type!r} needs {', '.join(missing)}, got none")
+        for name, value in self._numbers():
+            least = 1.0 if name == "rope_theta" else 0.0
+            if not (least < value < math.inf or (name.startswith("mscale") and value == 0)):  # some say 0 for none
+                raise ValueError(f"`{name}` must be finite and more than {least:g}, got {value}")
         if self.rotary_dim < 2 or self.rotary_dim % 2:
             raise ValueError(
                 f"`head_dim` * `partial_rotary_factor` must be an even number of dims, got {self.rotary_dim}"
             )
+        if self.rope_type == "llama3" and not (self.low_freq_factor or 0) < (self.high_freq_factor or 0):
+            raise ValueError(
+                f"`low_freq_factor` must be below `high_freq_factor` ({self.high_freq_factor}), got "
+                f"{self.low_freq_factor}"
+            )
+        if self.rope_type == "dynamic" and self.rotary_dim == 2:
+            raise ValueError("`rope_type` 'dynamic' needs at least 4 dims that turn, got 2")
+        if self.rope_type in ("yarn", "longrope") and self.original_max_position_embeddings == 1:
+            raise ValueError(f"`rope_type` {self.rope_type!r} needs more original positions than one, got 1")
         for name in ("short_factor", "long_factor"):
             factors = getattr(self, name)
             if factors is not None and len(factors) != self.rotary_dim // 2:
                 raise ValueError(f"`{name}` must have one entry per pair ({self.rotary_dim // 2}), got {len(factors)}")
+
+    def _numbers(self) -> Iterator[tuple[str, float]]:
+        """All that is a number, by name."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            for each in value if isinstance(value, tuple) else (value,):
+                if isinstance(each, (int, float)) and not isinstance(each, bool):
+                    yield field.name, each
 
     @classmethod
     def from_dict(

@@ -41,7 +41,16 @@ class BlockLists:
             raise ValueError(f"`lists` must name blocks of the {len(self.keys)} that there are, got {self.lists}")
 
     def spans(self, query_block: int, head: int) -> tuple[Range, ...]:
-        """The keys that a block of queries attends to in one KV head, neighbours joined."""
+        """The keys that a block of queries attends to in one KV head, neighbours joined.
+
+        Raises:
+            ValueError: a block or a head that there is not.
+        """
+        heads = len(self.lists[0]) if self.lists else 0
+        if not (0 <= query_block < len(self.lists) and 0 <= head < heads):
+            raise ValueError(
+                f"`query_block` and `head` must lie below {len(self.lists)} and {heads}, got {query_block} and {head}"
+            )
         found: list[Range] = []
         for block in self.lists[query_block][head]:
             keys = self.keys[block]
