@@ -8,8 +8,10 @@ one of B - 1 decodes and a chunk that fills it up to C tokens. A decode's margin
 beyond its prompt tokens at the rate of the first, for each of its decodes; alone it costs the second step's time by B.
 
 *policies*: one seeded trace of 16 requests, some of long prompts that come while others decode, served under every
-policy, one at a time, and by Transformers' own continuous batching (one rank). Arrivals are given in lone decode
-steps of the machine at hand. Worst TBT is the longest time between two tokens of any request.
+policy, one at a time, and by Transformers' own continuous batching (one rank). Worst TBT is the longest time between
+two tokens of any request. Arrivals are given in the time that a lone long prompt takes on the ranks at hand, so that
+these are as busy with prompts whatever their number. In lone decode steps, which on several ranks mostly wait for sums,
+two ranks would be given a trace that is three times as light.
 
 *flover*: 32 requests of 8 tokens each, which come at random; fused into one loop over two ranks, and by two instances
 of the model, one on each core, of which each serves a request at a time. More instances than cores would take turns.
@@ -86,7 +88,7 @@ class Model(NamedTuple):
         tau: tokens of a step under the policies that bound it.
         prompts: lengths of short prompts.
         long: length of long ones.
-        gap: lone decode steps between their arrivals, on average.
+        gap: between their arrivals, on average, in the time that one of them takes alone.
         new: tokens to generate.
         fused_new: those of *flover*.
         gaps: between arrivals there, in the time of a lone request.
@@ -106,9 +108,9 @@ class Model(NamedTuple):
 
 
 BUNDLED = Model(
-    "bundled", ((64, 4), (256, 4), (256, 16)), 64, (8, 48), 768, 6.0, (48, 96), 64, (0.0034, 0.086, 0.86), (40, 3, 3)
+    "bundled", ((64, 4), (256, 4), (256, 16)), 64, (8, 48), 768, 0.45, (48, 96), 64, (0.0034, 0.086, 0.86), (40, 5, 3)
 )
-LARGE = Model("1 GB", ((64, 4), (256, 4), (64, 16)), 32, (8, 48), 192, 6.0, (10, 20), 16, (0.0034,), (11, 3, 3))
+LARGE = Model("1 GB", ((64, 4), (256, 4), (64, 16)), 32, (8, 48), 192, 0.45, (10, 20), 8, (0.0034,), (11, 2, 2))
 MODELS = {model.name: model for model in (BUNDLED, LARGE)}
 
 
@@ -399,7 +401,7 @@ def policies(
     stepper: seqpar.hf.Stepper, model: Model, group: comm.ProcessGroup, path: Path, requests: int
 ) -> Policies | None:
     arrivals = trace(model, stepper.vocab_size, requests)
-    unit_s = lone_step_s(stepper)
+    unit_s = lone_prompt_s(stepper, model.long)
     served: dict[str, list[Served]] = {}
     margins = Margins(stepper)
     peer, error = open_peer(path, arrivals) if group.size() == 1 else (None, None)
@@ -435,16 +437,16 @@ def policies(
     return Policies(served, unit_s, error, uncompared)
 
 
-def lone_step_s(stepper: seqpar.hf.Stepper) -> float:
-    """Seconds of a decode of one request."""
+def lone_prompt_s(stepper: seqpar.hf.Stepper, tokens: int) -> float:
+    """Seconds of a step of one prompt of so many tokens."""
     kv, found = stepper.kv, []
-    for new in (8, *[1] * 9):
-        batch = kv.batch(["lone"], [new])
+    for _ in range(4):
+        batch = kv.batch(["lone"], [tokens])
         dist.barrier()
         start = time.perf_counter()
-        stepper(batch, torch.full((new,), 5), [new - 1])
+        stepper(batch, torch.full((tokens,), 5), [tokens - 1])
         found.append(time.perf_counter() - start)
-    kv.free("lone")
+        kv.free("lone")
     return statistics.median(found[1:])
 
 
@@ -857,7 +859,8 @@ def main() -> None:
         found=[storable(each) for each in found],
     )
     plot, args.plot = args.plot, None
-    report(args, about, rows, "what runs together in a step", tables(found, rows))
+    block = "" if BUNDLED.name in args.models else ", ".join(args.models)  # beside the bundled one's on the page
+    report(args, about, rows, "what runs together in a step", tables(found, rows), block=block)
     if plot and found:
         picture(plot, found, f"{args.machine}, {about['date']}")
 

@@ -217,9 +217,18 @@ def ratio(ours: Timing, theirs: Timing, *, draws: int = 2000) -> Ratio:
 
 
 def report(
-    args: argparse.Namespace, about: dict[str, Any], rows: Sequence[Row], title: str, tables: str | None = None
+    args: argparse.Namespace,
+    about: dict[str, Any],
+    rows: Sequence[Row],
+    title: str,
+    tables: str | None = None,
+    *,
+    block: str = "",
 ) -> None:
-    """Print the rows; write the files that were asked for, the page with `tables` if they are other than the rows."""
+    """Print the rows; write the files that were asked for, the page with `tables` if they are other than the rows.
+
+    A page may have several generated tables, each with a name (`block`) in its markers.
+    """
     print(f"{title}\n{about['machine']}, {about['date']}, torch {about['versions'].get('torch')}")
     width = max((len(row.name) for row in rows), default=0)
     for row in rows:
@@ -229,7 +238,7 @@ def report(
     if args.json:
         args.json.write_text(json.dumps({"meta": about, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
     if args.markdown:
-        _fill_in(args.markdown, "\n".join((*_place(about), tables or _table(rows))))
+        _fill_in(args.markdown, "\n".join((*_place(about), tables or _table(rows))), block)
     if args.plot:
         _plot(args.plot, [row for row in rows if row.interval], f"{title}\n{about['machine']}, {about['date']}")
 
@@ -250,10 +259,13 @@ def _table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def _fill_in(path: Path, table: str) -> None:
-    """Replace what stands between the two markers, or begin a file."""
-    begin, end = "<!-- begin of the generated table -->", "<!-- end of the generated table -->"
-    text = path.read_text() if path.exists() else f"{begin}\n{end}\n"
+def _fill_in(path: Path, table: str, block: str = "") -> None:
+    """Replace what stands between the two markers of a block; where there are none, they are the end of the file."""
+    name = f" of {block}" if block else ""
+    begin, end = f"<!-- begin of the generated table{name} -->", f"<!-- end of the generated table{name} -->"
+    text = path.read_text() if path.exists() else ""
+    if begin not in text:
+        text += f"{begin}\n{end}\n"
     before, after = text.split(begin)[0], text.split(end)[1]
     path.write_text(f"{before}{begin}\n{table}\n{end}{after}")
 
