@@ -15,10 +15,10 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate, pairwise, takewhile
 from operator import le
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
-from jaxtyping import Int32, Int64
+from jaxtyping import Int32, Int64, Shaped
 from torch import Tensor
 
 __all__ = ["PageCSR", "RaggedBatch", "Tail"]
@@ -465,18 +465,20 @@ def _padded(tokens: int, size: int | Sequence[int]) -> int:
     return size[bisect_left(size, tokens)]
 
 
-def _host_ints(values: Sequence[int]) -> Int32[Tensor, " n"]:
-    """A host tensor, without what `torch.tensor` takes to look at every number (an AMD EPYC, November 2026)."""
-    if not values:
-        return torch.zeros(0, dtype=torch.int32)
-    return torch.frombuffer(array("i", values), dtype=torch.int32)
+def _host_ints(values: Sequence[int], code: Literal["i", "q"] = "i") -> Shaped[Tensor, " n"]:
+    """A host tensor of int32 or int64, without what `torch.tensor` takes to look at every number."""
+    dtype = {"i": torch.int32, "q": torch.int64}[code]
+    return torch.frombuffer(array(code, values), dtype=dtype) if values else torch.zeros(0, dtype=dtype)
 
 
 def _tokens(q_lens: tuple[int, ...], kv_lens: tuple[int, ...]) -> tuple[Int64[Tensor, " t"], Int64[Tensor, " t"]]:
     """Each new token's request, and its index in it."""
-    counts, keys = _host_ints(q_lens).long(), _host_ints(kv_lens).long()
-    request = torch.repeat_interleave(counts)
-    return request, torch.arange(len(request)) + (keys - counts.cumsum(0))[request]
+    keys = _host_ints(kv_lens, "q")
+    if q_lens.count(1) == len(q_lens):  # decodes
+        return torch.arange(len(q_lens)), keys - 1
+    counts, rows = _host_ints(q_lens, "q"), sum(q_lens)
+    request = torch.repeat_interleave(counts, output_size=rows)
+    return request, torch.arange(rows) + (keys - counts.cumsum(0))[request]
 
 
 def _page_table(

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 from seqpar.batching.requests import Progress
@@ -212,8 +213,7 @@ class Draft:
         self._chunks: dict[Hashable, tuple[Progress, int]] = {}
         self._admitted: list[Hashable] = []
         self._preempted: list[Hashable] = []
-        self._promised: int | None = None  # to those that run; worked out once somebody wants to join them
-        self._capacity = 0
+        self._promised: int | None = None  # to those that run, and not held; worked out once somebody wants to join
 
     @property
     def is_empty(self) -> bool:
@@ -331,13 +331,13 @@ class Draft:
     def _may_join(self, each: Progress) -> bool:
         """Whether the cache holds what it, and all that run, have been promised."""
         if self._promised is None:
-            # `pages` and `_promise`, without a call for each
-            size, whole = self.room.page_size, self._budget.admission == "whole"
-            self._capacity = self.room.free_pages + sum([-(-other.scheduled // size) for other in self.running])
-            self._promised = sum([-(-(other.limit if whole else other.tokens) // size) for other in self.running])
+            # `_promise`, less the `pages` held, without a call for each
+            size, most = self.room.page_size, attrgetter("limit" if self._budget.admission == "whole" else "tokens")
+            ends = zip(map(most, self.running), self.running, strict=True)
+            self._promised = sum([-(-end // size) + -each.scheduled // size for end, each in ends])
         spare = self._budget.spare_pages if self.running else 0
         need = self._promise(each) - each.shared
-        if self._promised + need + spare > self._capacity:
+        if self._promised + need + spare > self.room.free_pages:
             return False
         self._promised += need
         return True

@@ -13,6 +13,7 @@ from array import array
 from collections import Counter
 from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import NamedTuple
 
 import torch
@@ -224,19 +225,21 @@ class PagedKV:
         """
         self._hold(q_lens.keys(), q_lens.values())
 
-    def _hold(self, requests: Collection[Hashable], q_lens: Iterable[int]) -> list[_Request]:
-        """Some requests, with room for that many more tokens of each; see `reserve`."""
-        there, absent = self._requests, _Request(self.version)
+    def _hold(self, requests: Collection[Hashable], q_lens: Iterable[int]) -> tuple[list[_Request], list[int]]:
+        """Some requests, with room for that many more tokens of each, and their tokens with those; see `reserve`."""
+        there, absent = self._requests, _Request(self.version, ready=-1)
+        q_lens = list(q_lens)
         held = [there.get(request, absent) for request in requests]
+        lengths = [each.length + new for each, new in zip(held, q_lens, strict=True)]
         asking = {
             request: new
-            for request, each, new in zip(requests, held, q_lens, strict=True)
-            if each is absent or new < 0 or each.length + new > each.ready
+            for request, new, each, length in zip(requests, q_lens, held, lengths, strict=True)
+            if length > each.ready or new < 0
         }
         if asking:
             self._make_room(asking)
             held = [there[request] for request in requests]
-        return held
+        return held, lengths
 
     def _make_room(self, asking: Mapping[Hashable, int]) -> None:
         """Find pages for all of these requests or for none."""
@@ -249,8 +252,11 @@ class PagedKV:
         for request in room.copied:
             self._take_copy(there[request])
         self._allocator.forget(room.written)
+        pages = iter(self._allocator.alloc(sum(room.lacking.values())))
         for request, count in room.lacking.items():
-            there.setdefault(request, _Request(self.version)).pages.extend(self._allocator.alloc(count))
+            if request not in there:
+                there[request] = _Request(self.version)
+            there[request].pages.extend(islice(pages, count))
         for request, new in asking.items():
             if new:
                 there[request].ready = len(there[request].pages) * self.page_size
@@ -281,12 +287,12 @@ class PagedKV:
             raise ValueError(
                 f"`positions` must have one entry per new token ({sum(q_lens)}), got {list(positions.shape)}"
             )
-        held = self._hold(requests, q_lens)
-        for each, new in zip(held, q_lens, strict=True):
-            each.length += new
+        held, lengths = self._hold(requests, q_lens)
+        for each, length in zip(held, lengths, strict=True):
+            each.length = length
         return RaggedBatch.build(
             q_lens,
-            [each.length for each in held],
+            lengths,
             [each.pages for each in held],
             self.page_size,
             positions=positions,
