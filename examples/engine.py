@@ -1,6 +1,6 @@
 """An engine in one file: continuous batching of many requests, on the parts of seqpar. Copy it to begin your own.
 
-    torchrun --nproc-per-node 2 examples/engine.py --sp 2 --shift 16 --plot engine.png
+    torchrun --nproc-per-node 2 examples/engine.py --sp 2 --shift 16 --plot engine.png        # or --tp 2, or --pp 2
     python examples/engine.py --jsonl requests.jsonl --out answers.jsonl --journal tokens.jsonl
 
 Requests come from a JSONL file or a generated trace. Rank 0 hears of them as they arrive and leads; the others follow.
@@ -17,7 +17,7 @@ import json
 import random
 import sys
 import time
-from collections import deque
+from collections import deque, namedtuple
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,7 +27,7 @@ from transformers import AutoTokenizer
 
 import seqpar
 from seqpar import batching, comm
-from seqpar.batching import Budget, Journal, Request, Sampling, TemporalFusion
+from seqpar.batching import Budget, Journal, PipelineFusion, Request, Sampling, TemporalFusion
 from seqpar.partition import Interleave
 
 CHECKPOINT = Path(__file__).parent / "tiny-llama"
@@ -42,22 +42,14 @@ POLICIES = {
 
 
 class Record(NamedTuple):
-    """When a request came, and when its tokens did."""
+    """A request, when it came, and when its tokens did."""
 
+    request: Request
     at_s: float
     times: list[float]
 
 
-class Sample(NamedTuple):
-    """The state after a step."""
-
-    at_s: float
-    running: int
-    waiting: int
-    tokens: int
-    kv: float
-
-
+Sample = namedtuple("Sample", "at_s running waiting tokens kv")  # the state after a step
 Arrivals, Records, Samples = list[tuple[float, Request, str]], list[Record], list[Sample]
 
 
@@ -72,7 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
         records, samples = serve(loop, arrivals, refused, journal)
     sys.stderr.writelines(f"refused: {message}\n" for message in refused)
     if options.out:
-        write_answers(options.out, journal, tokenizer)
+        write_answers(options.out, records, journal, tokenizer)
     print(table(options, records, samples, len(refused), loop.reused))
     if options.plot:
         plot(options.plot, records, samples)
@@ -82,17 +74,20 @@ def main(arguments: list[str] | None = None) -> int:
 def start(options: argparse.Namespace) -> tuple[TemporalFusion, Any, comm.ProcessGroup]:
     """The loop over the model on all ranks, of which the first leads, and the model's tokenizer."""
     torch.set_num_threads(1)
-    mesh = seqpar.init_mesh(tp=options.tp, sp=options.sp, timeout_s=options.timeout)
-    group = comm.groups(mesh).flat
+    mesh = seqpar.init_mesh(options.tp, options.sp, pp=options.pp, timeout_s=options.timeout)
     overlap = Interleave(2, min_tokens=options.overlap) if options.overlap else "off"
-    how: dict[str, Any] = {"shift": options.shift or "off", "overlap": overlap}
-    model = seqpar.hf.load(options.model, mesh, dtype=torch.float32, progress=False, **how)
+    how = {"dtype": torch.float32, "progress": False, "shift": options.shift or "off", "overlap": overlap}
+    pages = {"num_pages": options.pages, "page_size": options.page_size}
+    if options.pp:
+        model, group = seqpar.hf.load_stage(options.model, mesh, **how, **pages), comm.stages(mesh).whole
+    else:
+        model, group = seqpar.hf.Stepper(seqpar.hf.load(options.model, mesh, **how), **pages), comm.groups(mesh).flat
     tokenizer = AutoTokenizer.from_pretrained(options.model)
-    stepper = seqpar.hf.Stepper(model, num_pages=options.pages, page_size=options.page_size)
     budget = Budget(options.max_tokens, options.max_requests, options.admission)
     how = {"policy": POLICIES[options.policy](options), "budget": budget, "preemption": options.preemption}
-    how |= {"vocab_size": stepper.vocab_size, "share_prefixes": options.share_prefixes, "text": tokenizer.decode}
-    return TemporalFusion(stepper, stepper.kv, **how, lead=group), tokenizer, group
+    how |= {"vocab_size": model.vocab_size, "share_prefixes": options.share_prefixes, "text": tokenizer.decode}
+    loop = PipelineFusion if options.pp else TemporalFusion
+    return loop(model, model.kv, **how, lead=group), tokenizer, group
 
 
 def serve(loop: TemporalFusion, arrivals: Arrivals, refused: list[str], journal: Journal) -> tuple[Records, Samples]:
@@ -108,7 +103,7 @@ def serve(loop: TemporalFusion, arrivals: Arrivals, refused: list[str], journal:
                     raise ValueError(f"`id` must be of no other request, got {request.id!r} again")
                 if (rest := journal.rest(request)) is not None:
                     loop.add(rest)
-                records[request.id] = Record(at_s, [])
+                records[request.id] = Record(request, at_s, [])
             except (ValueError, TypeError) as error:  # of this one alone
                 refused.append(f"{where}{error}")
         if not loop.live:
@@ -170,17 +165,18 @@ def generate_trace(options: argparse.Namespace, tokenizer: Any) -> tuple[Arrival
     return arrivals, []
 
 
-def write_answers(path: Path, journal: Journal, tokenizer: Any) -> None:
+def write_answers(path: Path, records: Records, journal: Journal, tokenizer: Any) -> None:
     with path.open("w") as file:
-        for name, tokens in journal.tokens.items():
-            answer = {"text": tokenizer.decode(tokens), "tokens": tokens}
-            file.write(json.dumps({"id": name, "finish": journal.finish[name], **answer}) + "\n")
+        for request, _, _ in records:
+            answer = {"id": request.id, "finish": journal.finish[request.id], "tokens": journal.tokens[request.id]}
+            file.write(json.dumps({**answer, "text": journal.text(request, tokenizer.decode)}) + "\n")
 
 
 def table(options: argparse.Namespace, records: Records, samples: Samples, refused: int, reused: int) -> str:
     """What was measured, for people."""
     seconds, new = samples[-1].at_s if samples else 0.0, sum(len(record.times) for record in records)
-    lines = [f"tp={options.tp} sp={options.sp} {options.policy}: {len(records)} served, {refused} refused"]
+    layout = f"pp={options.pp or 1} tp={options.tp} sp={options.sp}"
+    lines = [f"{layout} {options.policy}: {len(records)} served, {refused} refused"]
     lines.append(f"{'ms':>6} {'p50':>9} {'p90':>9} {'p99':>9} {'most':>9}")
     for name, values in latencies(records).items():
         cells = torch.tensor(values or [0.0]).mul(1e3).quantile(torch.tensor([0.5, 0.9, 0.99, 1.0]))
@@ -225,6 +221,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--journal", type=Path, help="where each token goes as it comes; what is there already is gone on from")
     add("--timeout", type=float, default=300.0, help="seconds after which a rank that does not come is given up")
     add("--plot", help="where a picture goes")
+    add("--pp", type=int, help="stages, each with layers of its own and tp x sp ranks")
     add("--tp", type=int, default=1, help="tensor-parallel ranks")
     add("--sp", type=int, default=1, help="sequence-parallel ranks")
     add("--shift", type=int, default=0, help="up to so many tokens a step is tensor-parallel over all ranks")

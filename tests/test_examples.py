@@ -78,16 +78,21 @@ def example(name: str) -> Any:
     return importlib.import_module(name)
 
 
-def serves(rank: int, p: int, folder: str) -> tuple[int, str]:
+def serves(rank: int, p: int, folder: str, given: list[str]) -> tuple[int, str]:
     """The engine: how it ends, and what it complains of."""
     engine = example("engine")
-    given = ["--sp", str(p), "--shift", "8", "--pages", "8", "--jsonl", f"{folder}/requests.jsonl"]
-    given += ["--share-prefixes", "--out", f"{folder}/answers.jsonl", "--plot", f"{folder}/engine.png"]
+    given = [*given, "--pages", "8", "--jsonl", f"{folder}/requests.jsonl", "--share-prefixes"]
+    given += ["--out", f"{folder}/answers.jsonl", "--plot", f"{folder}/engine.png"]
     with redirect_stderr(StringIO()) as complaints:
         return engine.main(given), complaints.getvalue()
 
 
-def test_the_engine_serves_all_but_bad_lines(tmp_path: Path) -> None:
+SHIFTED = ["--sp", "2", "--shift", "8"]
+STAGED = ["--pp", "2", "--overlap", "24"]
+
+
+@pytest.mark.parametrize("given", [SHIFTED, STAGED], ids=["sp", "pp"])
+def test_the_engine_serves_all_but_bad_lines(tmp_path: Path, given: list[str]) -> None:
     pytest.importorskip("matplotlib")
     lines = [
         '{"prompt": "import os\\n", "max_new_tokens": 4, "id": "a"}',
@@ -105,9 +110,10 @@ def test_the_engine_serves_all_but_bad_lines(tmp_path: Path) -> None:
         '{"prompt": ' + "[" * 100_000,
         "[" * 10,
         '{"prompt": "caf\udce9"}',  # a byte that is no UTF-8
+        '{"prompt": "import os\\n", "max_new_tokens": 24, "id": "c", "stop": ["o", "e", "i"]}',
     ]
     (tmp_path / "requests.jsonl").write_text("\n".join(lines), errors="surrogateescape")
-    (code, complaints), (other, _) = run_ranks(2, serves, str(tmp_path))
+    (code, complaints), (other, _) = run_ranks(2, serves, str(tmp_path), given)
     assert (code, other) == (1, 0)
     refused = [2, 3, 4, 5, 7, 9, 10, 11, 12, 13, 14, 15]
     found = {int(line.split(":")[2]): line for line in complaints.splitlines() if line.startswith("refused: ")}
@@ -116,8 +122,10 @@ def test_the_engine_serves_all_but_bad_lines(tmp_path: Path) -> None:
     assert "`at_s` must be finite and at least 0, got inf" in found[9] and "got something else" in found[12]
     answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
     served = {each["id"]: (each["finish"], len(each["tokens"])) for each in answers}
+    stopped = served.pop("c")
     assert served == {"a": ("length", 4), 6: ("length", 3), "b": ("length", 2)}
-    assert all("text" in each for each in answers)
+    text = {each["id"]: each["text"] for each in answers}
+    assert stopped[0] == "stop_string" and stopped[1] < 24 and not {*"oei"} & {*text["c"]} and len(text["a"]) > 3
     assert (tmp_path / "engine.png").read_bytes()[:4] == b"\x89PNG"
 
 

@@ -21,18 +21,21 @@ from seqpar.batching import (
     Budget,
     Emitted,
     Generation,
+    PipelineFusion,
     Request,
     Sampling,
+    Spread,
+    StageFunction,
     StallFree,
     Step,
     StepFunction,
     TemporalFusion,
 )
-from seqpar.hf import Stepper, load, parallelize
+from seqpar.hf import Stepper, load, load_stage, parallelize
 from seqpar.kv import PagedKV, SlotTable, compaction
 from seqpar.ragged import RaggedBatch
 from tests.batching.test_compose import MAKE
-from tests.batching.toy import VOCAB, Toy, alone, toy_cache
+from tests.batching.toy import VOCAB, ToyStage, alone, one_stage
 from tests.hf.tiny import exact_norms, tiny_model
 
 CHECKPOINT = Path(__file__).parent.parent.parent / "examples" / "tiny-llama"
@@ -75,6 +78,8 @@ class Setup:
     compaction: Any = "none"
     share_prefixes: bool = True
     leads: bool = False
+    depth: int = 0
+    """Steps in flight of a model in stages; 0 for the loop that knows no stages."""
 
 
 class Case(Protocol):
@@ -90,14 +95,14 @@ class Case(Protocol):
 
 
 class ToyCase:
-    """The model of a few lines."""
+    """The model of a few lines, which is a stage of its own."""
 
     vocab_size, ways = VOCAB, len(WAYS)
     trunks = tuple([(5 * trunk + 3 * i + i * i) % VOCAB for i in range(CUT)] for trunk in range(3))
 
     def make(self, num_pages: int, page_size: int) -> tuple[StepFunction, PagedKV]:
-        kv = toy_cache(num_pages, page_size)
-        return Toy(kv), kv
+        toy = ToyStage(num_pages, page_size, one_stage())
+        return toy, toy.kv
 
     def alone(self, request: Request) -> tuple[list[int], str]:
         return alone(request, say)
@@ -131,16 +136,25 @@ class ModelCase:
         return tokens[: request.max_new_tokens], "length"
 
 
+class StageCase(ModelCase):
+    """The same, of which every rank has a stage; the cache is made anew, the weights are not."""
+
+    def make(self, num_pages: int, page_size: int) -> tuple[StepFunction, PagedKV]:
+        old: PagedKV = self.model.kv
+        self.model.kv = PagedKV(old.num_layers, num_pages, page_size, old.num_kv_heads, old.head_dim, dtype=old.dtype)
+        return self.model, self.model.kv
+
+
 _CASES: dict[Any, ModelCase] = {}
 
 
 def case_on(mesh: comm.DeviceMesh, kind: str, options: Mapping[str, Any]) -> Case:
-    """A case of that kind in a rank, made once: "toy", "tiny" (random weights), "bundled"."""
+    """A case of that kind in a rank, made once: "toy", "tiny" (random weights), "bundled", "stages" (of it)."""
     if kind == "toy":
         return ToyCase()
     key = (id(mesh), kind, repr(sorted(options.items())))
     if key not in _CASES:
-        _CASES[key] = _tiny(mesh, options) if kind == "tiny" else _bundled(mesh, options)
+        _CASES[key] = {"tiny": _tiny, "bundled": _bundled, "stages": _stages}[kind](mesh, options)
     return _CASES[key]
 
 
@@ -150,8 +164,17 @@ def _tiny(mesh: comm.DeviceMesh, options: Mapping[str, Any]) -> ModelCase:
     return ModelCase(model, exact_norms(reference), ToyCase.trunks)
 
 
+def _stages(mesh: comm.DeviceMesh, options: Mapping[str, Any]) -> ModelCase:
+    how: dict[str, Any] = {"dtype": torch.float64, "progress": False, **options}
+    return StageCase(load_stage(CHECKPOINT, mesh, num_pages=1, page_size=1, **how), *_references())
+
+
 def _bundled(mesh: comm.DeviceMesh, options: Mapping[str, Any]) -> ModelCase:
-    model = load(CHECKPOINT, mesh, dtype=torch.float64, progress=False, **options)
+    return ModelCase(load(CHECKPOINT, mesh, dtype=torch.float64, progress=False, **options), *_references())
+
+
+def _references() -> tuple[Any, list[list[int]]]:
+    """The bundled model in one process, and trunks of real text."""
     reference = AutoModelForCausalLM.from_pretrained(CHECKPOINT, dtype=torch.float64).eval()
     tokenizer = AutoTokenizer.from_pretrained(CHECKPOINT)
     texts = (
@@ -159,7 +182,7 @@ def _bundled(mesh: comm.DeviceMesh, options: Mapping[str, Any]) -> ModelCase:
         "import os\nimport sys\nfrom typing import Any\n\n",
     )
     trunks = [tokenizer(text * 2).input_ids[:CUT] for text in (*texts, "return [x for x in range(10)]\n")]
-    return ModelCase(model, exact_norms(reference), trunks)
+    return exact_norms(reference), trunks
 
 
 class InjectedError(Exception):
@@ -175,19 +198,36 @@ class Watch:
         self.fails: str | None = None
         self.log: list[tuple[Any, ...]] = []
 
+    @property
+    def stages(self) -> comm.Stages:
+        stages: comm.Stages = getattr(self.model, "stages")  # noqa: B009
+        return stages
+
     def __call__(self, batch: RaggedBatch, tokens: Tensor, rows: Sequence[int]) -> Tensor:
         if self.fails == "before":
             raise InjectedError
+        self.look(batch)
+        logits = self.model(batch, tokens, rows)
+        if self.fails == "after":
+            raise InjectedError
+        self.count(batch, rows)
+        return logits
+
+    def steps(self, batch: RaggedBatch, tokens: Tensor, rows: Sequence[int]) -> comm.Steps[Tensor | comm.Handle]:
+        self.look(batch)
+        self.count(batch, rows)  # when it begins: the loop counts it then
+        assert isinstance(self.model, StageFunction)
+        return (yield from self.model.steps(batch, tokens, rows))
+
+    def look(self, batch: RaggedBatch) -> None:
         slots = batch.slots.tolist()
         assert len(set(slots)) == len(slots) == batch.num_tokens, "no slot is written twice"
         assert all(self.kv.holders(slot // batch.page_size) == 1 for slot in slots), "nor what others hold"
         assert all(new > 0 for new in batch.q_lens)
-        logits = self.model(batch, tokens, rows)
-        if self.fails == "after":
-            raise InjectedError
+
+    def count(self, batch: RaggedBatch, rows: Sequence[int]) -> None:
         self.calls += 1
         self.log.append((batch.requests, batch.q_lens, tuple(rows)))
-        return logits
 
 
 class Session:
@@ -200,17 +240,20 @@ class Session:
         num_pages = -(-LONGEST // setup.page_size) + setup.more_pages
         model, kv = case.make(num_pages, setup.page_size)
         self.model = Watch(model, kv)
-        self.loop = TemporalFusion(
-            self.model,
-            kv,
-            vocab_size=case.vocab_size,
-            policy=MAKE[setup.policy](),
-            budget=Budget(setup.max_tokens, setup.max_requests, setup.admission, setup.spare_pages),
-            preemption=setup.preemption,
-            compaction=setup.compaction,
-            share_prefixes=setup.share_prefixes,
-            text=say,
-            lead=lead,
+        how: dict[str, Any] = {
+            "vocab_size": case.vocab_size,
+            "policy": MAKE[setup.policy](),
+            "budget": Budget(setup.max_tokens, setup.max_requests, setup.admission, setup.spare_pages),
+            "preemption": setup.preemption,
+            "share_prefixes": setup.share_prefixes,
+            "text": say,
+            "lead": lead,
+        }
+        self.is_piped = setup.depth > 0 and isinstance(model, StageFunction)
+        self.loop = (
+            PipelineFusion(self.model, kv, depth=setup.depth, **how)
+            if self.is_piped
+            else TemporalFusion(self.model, kv, compaction=setup.compaction, **how)
         )
         self.live: dict[int, Generation] = {}
         self.streams: dict[int, tuple[list[int], list[str]]] = {}
@@ -250,7 +293,9 @@ class Session:
             self.step()
 
     def fail(self, when: str) -> None:
-        """A step that runs out of memory, say, before the model or behind it."""
+        """A step that runs out of memory, say, before the model or behind it; a pipeline would not survive it."""
+        if self.is_piped:
+            return
         steps, before = self.loop.steps, {number: list(each.tokens) for number, each in self.live.items()}
         self.model.fails = when
         try:
@@ -287,7 +332,7 @@ class Session:
     def step(self) -> None:
         """An iteration, and all that must hold after it."""
         loop, steps, calls = self.loop, self.loop.steps, self.model.calls
-        decodes = {each.id for each in loop.running if each.tokens - each.computed == 1 and each.computed}
+        decodes = {each.id for each in loop.running if each.tokens - each.scheduled == 1 and each.scheduled}
         emitted = loop.step()
         assert loop.steps - steps == self.model.calls - calls <= 1, "one forward, whatever the mix"
         if loop.steps > steps and loop.latest is not None:
@@ -310,12 +355,17 @@ class Session:
 
     def check_plan(self, plan: Step, decodes: set[Any]) -> None:
         policy = self.loop.policy
+        policy = policy.policy if isinstance(policy, Spread) else policy
         self.preempted += len(plan.preempted)
         assert plan.num_tokens <= self.setup.max_tokens and not (plan.preempted and plan.admitted)
         assert self.setup.admission != "whole" or not plan.preempted
         if isinstance(policy, StallFree):
             assert plan.num_tokens <= policy.tau
-            if self.setup.admission == "whole" and len(decodes) <= min(policy.tau, self.setup.max_tokens):
+            if (
+                not self.is_piped
+                and self.setup.admission == "whole"
+                and len(decodes) <= min(policy.tau, self.setup.max_tokens)
+            ):
                 assert decodes <= set(plan.ids), "no decode is left out"
 
     def check(self) -> None:
@@ -326,8 +376,9 @@ class Session:
         assert kv.free_pages + len(held) == kv.num_pages, "used and free are all"
         assert set(kv.ids) == {each.id for each in loop.running} and len(loop.running) <= self.setup.max_requests
         for each in loop.running:
-            assert each.computed == each.scheduled == kv.length(each.id) <= len(kv.pages(each.id)) * kv.page_size
-            assert each.computed <= each.tokens <= each.limit + 1
+            assert each.computed <= each.scheduled == kv.length(each.id) <= len(kv.pages(each.id)) * kv.page_size
+            assert self.is_piped or each.computed == each.scheduled, "nothing is in flight"
+            assert each.scheduled <= each.tokens <= each.limit + 1
         for each in loop.waiting:
             assert each.computed == each.scheduled < each.tokens
             assert each.id not in loop._saved or each.scheduled == loop._saved[each.id].length
@@ -428,7 +479,7 @@ def play(
     mesh: comm.DeviceMesh, kind: str, options: Mapping[str, Any], setup: Setup, script: Script
 ) -> tuple[list[tuple[Any, ...]], int, int]:
     """A script on one rank of several; where one leads, the others only follow."""
-    group = comm.groups(mesh).flat
+    group = comm.stages(mesh).whole if kind == "stages" else comm.groups(mesh).flat
     lead, compares = (group if setup.leads else None), group.rank() == 0  # the others generate what this one does
     session = Session(setup, case_on(mesh, kind, options), lead, compares=compares)
     if setup.leads and group.rank():

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from seqpar.batching import Journal, Request, Sampling
 from tests.batching.test_fusion import check, loop_of, request_of
-from tests.batching.toy import VOCAB, alone
+from tests.batching.toy import VOCAB, alone, text
 from tests.kernels.own_errors import own_errors
 
 
@@ -107,3 +107,15 @@ def test_refusals(tmp_path: Path) -> None:
         Request("a", [5], 2, generated=[0.5])  # type: ignore[list-item]
     with own_errors(), pytest.raises(ValueError, match=f"`prompt` must hold ids below 31, got {VOCAB}"):
         loop_of().add(Request("a", [5], 2, generated=[VOCAB]))
+
+
+def test_the_text_of_what_was_kept() -> None:
+    """Neither the stop token or stop string that ends it nor what follows, as the loop itself tells it."""
+    loop = loop_of()
+    generations = [loop.add(request_of(number, 3 + number, 20, number % 3)) for number in range(15)]
+    with Journal(None) as journal:
+        journal.add(loop.run())
+        for each in generations:
+            assert journal.text(each.request, text) == each.text
+        assert {each.finish for each in generations} == {"length", "stop_token", "stop_string"}
+        assert journal.text(request_of(99, 3, 4, 0), text) == ""

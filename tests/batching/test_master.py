@@ -48,6 +48,7 @@ SETUPS = st.builds(
     compaction=st.sampled_from(["none", "tail", "window", "stable"]),
     share_prefixes=st.booleans(),
     leads=st.booleans(),
+    depth=whole(0, 4),
 )
 ASKED = (whole(0, 1), whole(0, CUT), whole(0, TAIL), whole(1, NEW), whole(0, len(WAYS) - 1))
 ACTIONS = st.one_of(
@@ -111,9 +112,9 @@ def test_any_history_of_one_rank(examples: int, steps: int) -> None:
     run_state_machine_as_test(Master, settings=how)  # type: ignore[no-untyped-call]
 
 
-def on(tp: int, sp: int) -> Runner:
-    """Runs a function of a mesh on every rank of it."""
-    return partial(run_mesh, (tp, sp), timeout_s=240.0)
+def on(*layout: int) -> Runner:
+    """Runs a function of a mesh, tp x sp or pp x tp x sp, on every rank of it."""
+    return partial(run_mesh, layout, timeout_s=240.0)
 
 
 RUNNERS: dict[str, tuple[Runner, str, dict[str, Any]]] = {
@@ -126,14 +127,19 @@ RUNNERS: dict[str, tuple[Runner, str, dict[str, Any]]] = {
     "bundled-1x2": (on(1, 2), "bundled", {"overlap": Interleave(chunks=2, min_tokens=6)}),
     "bundled-2x2": (on(2, 2), "bundled", {"shift": 6}),
     "bundled-1x4": (on(1, 4), "bundled", {}),
+    "stages-2x1x1": (on(2, 1, 1), "stages", {"overlap": Interleave(chunks=2, min_tokens=6)}),
+    "stages-2x2x1": (on(2, 2, 1), "stages", {"overlap": Interleave(chunks=3, min_tokens=5)}),
+    "stages-2x1x2": (on(2, 1, 2), "stages", {"shift": 4, "overlap": Interleave(chunks=2, min_tokens=3)}),
+    "stages-4x1x1": (on(4, 1, 1), "stages", {}),
 }
+FAST = ("tiny-1x2", "stages-2x1x1")
 
 
-@pytest.mark.parametrize("name", thinned(RUNNERS, lambda name: name == "tiny-1x2"))
+@pytest.mark.parametrize("name", thinned(RUNNERS, lambda name: name in FAST))
 def test_any_history_of_several_ranks(name: str) -> None:
     run, kind, options = RUNNERS[name]
 
-    @settings(max_examples=3 if name == "tiny-1x2" else 40, suppress_health_check=[HealthCheck.too_slow], deadline=None)
+    @settings(max_examples=3 if name in FAST else 40, suppress_health_check=[HealthCheck.too_slow], deadline=None)
     @given(setup=SETUPS, script=st.lists(ACTIONS, min_size=4, max_size=14))
     def histories(setup: Setup, script: Script) -> None:
         told = run(play, kind, options, setup, script)
@@ -153,6 +159,7 @@ SOAKS = {
     "recompute": crowded(preemption="recompute", compaction="tail", policy="maximal"),
     "alone": crowded(share_prefixes=False, preemption="swap", compaction="stable", policy="mixed"),
     "whole": crowded(admission="whole", policy="hybrid", more_pages=30),
+    "stages": crowded(preemption="swap", depth=3),
 }
 
 
@@ -164,12 +171,13 @@ def test_nothing_leaks(case: tuple[str, int]) -> None:
     name, steps = case
     found = counts(soak(SOAKS[name], ToyCase(), steps, seed=steps))
     print(name, found)
-    assert found["steps"] >= steps and found["served"] > steps // 10 and found["cancelled"] and found["failed"]
+    assert found["steps"] >= steps and found["served"] > steps // 10 and found["cancelled"]
     assert bool(found["preempted"]) == (name != "whole") and bool(found["reused"]) == (name != "alone")
+    assert bool(found["failed"]) == (name != "stages"), "a pipeline would not survive it"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["tiny-1x1", "tiny-1x2", "tiny-2x2"])
+@pytest.mark.parametrize("name", ["tiny-1x1", "tiny-1x2", "tiny-2x2", "stages-2x2x1"])
 def test_nothing_leaks_on_ranks(name: str) -> None:
     run, kind, options = RUNNERS[name]
     found = run(play_random, kind, options, SOAKS["swap"], 600, 1)

@@ -7,52 +7,25 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from seqpar import comm
 from seqpar.batching import Budget, Emitted, Generation, PipelineFusion, StallFree
-from seqpar.comm import Handle, Stages, Steps
-from seqpar.ragged import RaggedBatch
+from seqpar.comm import Stages
 from tests.batching.test_compose import MAKE
 from tests.batching.test_fusion import arrivals, number_of, request_of
-from tests.batching.toy import VOCAB, Toy, alone, text, toy_cache
-from tests.comm.fakes import FakeGroup
+from tests.batching.toy import VOCAB, ToyStage, alone, one_stage, text
 from tests.kernels.own_errors import own_errors
 from tests.ranks import run_mesh, thinned
 
 whole = st.integers
 
 
-class ToyStage(Toy):
-    """A toy in stages, each with a cache; what is handed over is the ids and the number of stages behind them."""
-
-    def __init__(self, num_pages: int, page_size: int, stages: Stages) -> None:
-        super().__init__(toy_cache(num_pages, page_size))
-        self.stages = stages
-
-    def steps(self, batch: RaggedBatch, tokens: Tensor, rows: Sequence[int]) -> Steps[Tensor | Handle]:
-        pp, x = self.stages.pp, tokens.double()
-        if pp.rank():
-            x = yield from comm.recv_steps((len(x),), x.dtype, src=pp.rank() - 1, group=pp, label="x")
-            assert torch.equal(x, tokens + 1000.0 * pp.rank()), "the micro-batch that is due"
-        logits = self(batch, tokens, rows)
-        if pp.rank() == pp.size() - 1:
-            return logits
-        return comm.send_async(x + 1000, dst=pp.rank() + 1, group=pp, label="x")
-
-
 def loop_of(stages: Stages, num_pages: int = 40, page_size: int = 4, **options: Any) -> PipelineFusion:
     stage = ToyStage(num_pages, page_size, stages)
     options = {"policy": StallFree(8), "budget": Budget(8, 6), "text": text, **options}
     return PipelineFusion(stage, stage.kv, vocab_size=VOCAB, **options)
-
-
-def one_stage() -> Stages:
-    group: Any = FakeGroup(size=1)
-    return Stages(group, group, group)
 
 
 def drive(loop: PipelineFusion, plan: Sequence[tuple[int, int, int, int, int | None]]) -> None:

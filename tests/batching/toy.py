@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from seqpar import comm
 from seqpar.batching import Request, sample
+from seqpar.comm import Handle, Stages, Steps
 from seqpar.kv import PagedKV
 from seqpar.ragged import RaggedBatch
+from tests.comm.fakes import FakeGroup
 
 VOCAB = 31
 
@@ -51,6 +55,29 @@ class Toy:
         seen = stored[list(batch.pages[request])].flatten()[:keys]
         assert torch.equal(seen, -negative[list(batch.pages[request])].flatten()[:keys])
         return logits_after([int(token) for token in seen])
+
+
+class ToyStage(Toy):
+    """A toy in stages, each with a cache; what is handed over is the ids and the number of stages behind them."""
+
+    def __init__(self, num_pages: int, page_size: int, stages: Stages) -> None:
+        super().__init__(toy_cache(num_pages, page_size))
+        self.stages = stages
+
+    def steps(self, batch: RaggedBatch, tokens: Tensor, rows: Sequence[int]) -> Steps[Tensor | Handle]:
+        pp, x = self.stages.pp, tokens.double()
+        if pp.rank():
+            x = yield from comm.recv_steps((len(x),), x.dtype, src=pp.rank() - 1, group=pp, label="x")
+            assert torch.equal(x, tokens + 1000.0 * pp.rank()), "the micro-batch that is due"
+        logits = self(batch, tokens, rows)
+        if pp.rank() == pp.size() - 1:
+            return logits
+        return comm.send_async(x + 1000, dst=pp.rank() + 1, group=pp, label="x")
+
+
+def one_stage() -> Stages:
+    group: Any = FakeGroup(size=1)
+    return Stages(group, group, group)
 
 
 def alone(request: Request, say: Callable[[Sequence[int]], str] = text) -> tuple[list[int], str]:

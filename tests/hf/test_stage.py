@@ -14,6 +14,7 @@ from seqpar import comm
 from seqpar.batching import Budget, PipelineFusion, Request, StallFree, TemporalFusion
 from seqpar.hf import Stage, load, load_stage
 from seqpar.kv import PagedKV
+from seqpar.partition import Layout, Shift
 from tests.hf.test_load import saved
 from tests.hf.test_stepper import CHECKPOINT, NEW, PROMPTS, alone, policies
 from tests.hf.tiny import prompts
@@ -122,6 +123,15 @@ def refuses(mesh: comm.DeviceMesh, path: str) -> None:
         load(path, mesh)
     with pytest.raises(ValueError, match=r'`mesh` must have the axes \("pp", "tp", "sp"\), got'):
         load_stage(path, comm.init_mesh(4, 1, "cpu"), **options)
+    for method, message in (
+        ({"shift": "auto"}, "`shift` must be given or \"off\" for stages, which do not measure, got 'auto'"),
+        ({"overlap": "auto"}, "`overlap` must be given or \"off\" for stages, which do not measure, got 'auto'"),
+        ({"overlap": 5}, '`overlap` must be an Interleave or "off" for stages, got 5'),
+    ):
+        with own_errors(), pytest.raises(TypeError, match=message):
+            load_stage(path, mesh, **options, **method)
+    with own_errors(), pytest.raises(ValueError, match=r"`shift` must have layouts that are reachable from the stored"):
+        load_stage(path, mesh, **options, shift=Shift(((1, Layout(1, 2)),)))
     stage = load_stage(path, mesh, **options)
     with own_errors(), pytest.raises(ValueError, match="`depth` must be at least 1, got 0"):
         PipelineFusion(stage, stage.kv, vocab_size=67, policy=StallFree(4), budget=Budget(4, 4), depth=0)

@@ -497,12 +497,16 @@ class TemporalFusion:
                 self.kv.truncate(progress.id, progress.computed)
             raise
         self.latest, self.steps = plan, self.steps + 1
-        for progress, generation in parts:
-            has_filled_page = progress.scheduled // self.kv.page_size > progress.computed // self.kv.page_size
-            progress.computed, progress.served = progress.scheduled, self.steps
-            if self._shares and has_filled_page:
-                self.kv.share(progress.id, generation.known(0, progress.computed))
+        for progress, _ in parts:
+            before, progress.computed, progress.served = progress.computed, progress.scheduled, self.steps
+            self._offer(progress, before)
         return self._deal(ready, chosen)
+
+    def _offer(self, progress: Progress, before: int) -> None:
+        """Let others find the pages of a request that are full now, and were not with `before` tokens computed."""
+        size = self.kv.page_size
+        if self._shares and progress.computed // size > before // size:
+            self.kv.share(progress.id, self._live[progress.id].known(0, progress.computed))
 
     def _draw(self, logits: Float[Tensor, "rows v"], ready: list[Generation]) -> list[_Next]:
         """A token for each request that is ready for one, and whether it is the last."""

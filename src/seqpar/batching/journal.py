@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import replace
 from types import TracebackType
 
 from seqpar.batching.requests import Request
+from seqpar.batching.words import Words
 
 __all__ = ["Journal"]
 
@@ -73,6 +74,17 @@ class Journal:
         if self.finish.get(request.id) is not None:
             return None
         return replace(request, generated=tuple(self.tokens.get(request.id, ())))
+
+    def text(self, request: Request, decode: Callable[[Sequence[int]], str]) -> str:
+        """What the tokens of a request say, without what ends it; see `Generation.text`.
+
+        Args:
+            request: one that has ended, or that no more tokens are waited for.
+            decode: what tokens say, such as a tokenizer's `decode`.
+        """
+        tokens = self.tokens.get(request.id, [])
+        said = tokens[:-1] if self.finish.get(request.id) == "stop_token" else tokens
+        return Words.of(said, decode, request.stop_strings).told
 
     def close(self) -> None:
         """Close the file."""

@@ -80,7 +80,8 @@ class PipelineFusion(TemporalFusion):
         policy: what a step is made of; each gets its share of the decodes (`Spread`).
         budget: bounds of a step, and of the requests in all steps in flight.
         depth: the most steps in flight; by default as many as there are stages.
-        preemption: see `TemporalFusion`.
+        preemption: see `TemporalFusion`. There is no `compaction`: steps in flight know where their pages lie.
+        share_prefixes: see `TemporalFusion`; what is in flight is found once its tokens are back.
         text: see `TemporalFusion`.
         lead: see `TemporalFusion`: `Stages.whole`, or None.
 
@@ -98,6 +99,7 @@ class PipelineFusion(TemporalFusion):
         budget: Budget,
         depth: int | None = None,
         preemption: Preemption = "recompute",
+        share_prefixes: bool = False,
         text: Callable[[Sequence[int]], str] | None = None,
         lead: ProcessGroup | None = None,
     ) -> None:
@@ -110,6 +112,7 @@ class PipelineFusion(TemporalFusion):
             policy=Spread(policy, self.queue.depth),
             budget=budget,
             preemption=preemption,
+            share_prefixes=share_prefixes,
             text=text,
             lead=lead,
         )
@@ -205,7 +208,9 @@ class PipelineFusion(TemporalFusion):
         tokens: list[int] = flight.tokens if flight.answer is None else flight.answer.wait().tolist()
         for handle in flight.sent:
             handle.wait()
-        self.queue.complete()
+        for request, new in self.queue.complete().items:
+            progress = self._progress[request]
+            self._offer(progress, progress.computed - new)
         chosen = [each.go_on(token, self.text) for each, token in zip(flight.ready, tokens, strict=True)]
         emitted = self._deal(flight.ready, chosen)
         self._leaving = [request for request in self._leaving if request in self._live]

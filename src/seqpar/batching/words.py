@@ -11,7 +11,7 @@ one place the longest.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 __all__ = ["Words"]
@@ -51,6 +51,18 @@ class Words:
     _broken: str = ""  # what the window's text has after them
     _pending: int = 0  # tokens since there was nothing broken
     _cut: int = 0  # where the window will be cut: after some token with which nothing was broken
+
+    @classmethod
+    def of(cls, tokens: Iterable[int], decode: Callable[[Sequence[int]], str], stops: Iterable[str] = ()) -> Words:
+        """The text of tokens after which no more come.
+
+        >>> Words.of(b"a stoat stops here", lambda tokens: bytes(tokens).decode(), ["stop"]).told
+        'a stoat '
+        """
+        words = cls(tuple(stops))
+        for token in tokens:
+            words = words.add(token, decode)
+        return words.end()
 
     def add(self, token: int, decode: Callable[[Sequence[int]], str]) -> Words:
         """The text with one more token.

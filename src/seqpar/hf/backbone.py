@@ -31,7 +31,7 @@ from seqpar.kv import PagedKV, StripedKV
 from seqpar.layers import (
     ParallelDecoderLayer,
     ParallelLMHead,
-    VocabParallelEmbedding,
+    add_layouts,
     gather_rows_steps,
     heads_to_stripes,
     placed_rows,
@@ -178,20 +178,9 @@ class ParallelBackbone(nn.Module):
         Raises:
             TypeError: the embedding or a layer was replaced by another's, which knows no layouts.
         """
-        parts = (self.embed_tokens, *self.layers)
-        foreign = next(
-            (part for part in parts if not isinstance(part, (VocabParallelEmbedding, ParallelDecoderLayer))), None
-        )
-        if foreign is not None:
-            raise TypeError(f"`layers` must be parallel ones to be shifted, got {type(foreign).__name__}")
-        for layout, groups in layouts.items():
-            if layout in self.layouts:
-                continue
-            for part in parts:
-                if isinstance(part, VocabParallelEmbedding):
-                    part.add_layout(layout, group=groups.tp)
-                elif isinstance(part, ParallelDecoderLayer):
-                    part.add_layout(layout, groups=groups)
+        new = {layout: groups for layout, groups in layouts.items() if layout not in self.layouts}
+        add_layouts((self.embed_tokens, *self.layers), new)
+        for layout, groups in new.items():
             self.layouts[layout] = groups
 
     def forward(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int64
@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from seqpar import comm
 from seqpar.comm import DeviceMesh, Handle, Stages, Steps, Wire
 from seqpar.hf.agreed import agreed, check_same
+from seqpar.hf.auto import AutoOverlap
 from seqpar.hf.cache import CacheSpec
 from seqpar.hf.loading import (
     EMBEDDING,
@@ -27,8 +28,9 @@ from seqpar.hf.loading import (
     read_tensors,
     shows,
 )
+from seqpar.hf.shift import AutoShift
 from seqpar.hf.stepper import check_rotations
-from seqpar.hf.swap import LoadReport, decoder_layers
+from seqpar.hf.swap import LoadReport, decoder_layers, shift_rule
 from seqpar.kv import PagedKV
 from seqpar.layers import (
     ExpertPlacement,
@@ -38,7 +40,7 @@ from seqpar.layers import (
     VocabParallelEmbedding,
     name_modules,
 )
-from seqpar.partition import HeadMap, Range, stage_layers
+from seqpar.partition import HeadMap, Interleave, Range, Shift, stage_layers
 from seqpar.ragged import RaggedBatch
 
 __all__ = ["Stage", "load_stage"]
@@ -104,6 +106,8 @@ def load_stage(
     progress: bool | None = None,
     wire: Wire | None = None,
     experts: ExpertPlacement = "tp",
+    shift: int | Shift | Literal["off"] = "off",
+    overlap: Interleave | Literal["off"] = "off",
 ) -> Stage:
     """Load this rank's slices of this rank's stage of a causal LM from safetensors; every rank of the mesh calls it.
 
@@ -120,24 +124,33 @@ def load_stage(
         progress: show a bar on rank 0; by default where stderr is a terminal.
         wire: the format in which the layers exchange activations; see `parallelize`. Stages hand over unencoded ones.
         experts: see `parallelize`.
+        shift: layouts of the ranks of a stage, by the number of tokens of a micro-batch; see `parallelize`. Nothing is
+            measured here, so there is no "auto".
+        overlap: how the stages cut large micro-batches; likewise.
 
-    Comm:  agreement before and after reading.
+    Comm:  agreement before and after reading; the groups of the layouts, when they are made.
 
     Raises:
         TypeError, ValueError: a checkpoint that `load` would refuse, a mesh without the axis "pp", more stages than
-            layers, rotary positions that depend on the longest request; the same on every rank.
+            layers, a shift or an overlap that is none, rotary positions that depend on the longest request; the same on
+            every rank.
     """
     stages = comm.stages(mesh)
     place = place_of(mesh) if device is None else torch.device(device)
     stage: Stage | None = None
+    module: PipelineStage | None = None
     content = b""
     with agreed(stages.whole):
         checkpoint, model = build_on_meta(Path(path), dtype)
         check_tensors(checkpoint, model)
         check_rotations(model.model.rotary_emb)
-        module = _build(model, stages, wire, experts)
-        content = describe(checkpoint, model) + f"{num_pages} {page_size} {wire} {experts}".encode()
+        module = _build(model, stages, wire, experts, *_methods(shift, overlap, stages))
+        options = f"{num_pages} {page_size} {wire} {experts} {shift} {overlap}"
+        content = describe(checkpoint, model) + options.encode()
     check_same("checkpoint, `dtype` and options", content, group=stages.whole, device=place)
+    assert module is not None
+    if module.shift is not None:
+        module.add_layouts(comm.layout_groups(stages.groups, module.shift.layouts))
     with agreed(stages.whole):
         begin = time.perf_counter()
         tied = bool(model.config.tie_word_embeddings)
@@ -158,7 +171,26 @@ def load_stage(
     return stage
 
 
-def _build(model: PreTrainedModel, stages: Stages, wire: Wire | None, experts: ExpertPlacement) -> PipelineStage:
+def _methods(shift: Any, overlap: Any, stages: Stages) -> tuple[Shift | None, Interleave | None]:
+    """What `shift=` and `overlap=` say, for a stage, which measures nothing."""
+    for name, given in (("shift", shift), ("overlap", overlap)):
+        if given == "auto" or isinstance(given, (AutoShift, AutoOverlap)):
+            raise TypeError(f'`{name}` must be given or "off" for stages, which do not measure, got {given!r}')
+    if overlap != "off" and not isinstance(overlap, Interleave):
+        raise TypeError(f'`overlap` must be an Interleave or "off" for stages, got {overlap!r}')
+    rule = shift_rule(shift, stages.groups.layout)
+    assert not isinstance(rule, AutoShift), "refused"
+    return rule, None if overlap == "off" else overlap
+
+
+def _build(
+    model: PreTrainedModel,
+    stages: Stages,
+    wire: Wire | None,
+    experts: ExpertPlacement,
+    shift: Shift | None,
+    overlap: Interleave | None,
+) -> PipelineStage:
     """This rank's slices of its stage, on the meta device as the model is."""
     groups, pp, stack = stages.groups, stages.pp, model.model
     which = stage_layers(len(stack.layers), pp.size())[pp.rank()]
@@ -176,8 +208,8 @@ def _build(model: PreTrainedModel, stages: Stages, wire: Wire | None, experts: E
             else ParallelLMHead.from_linear(model.lm_head, groups=groups)
         )
     layers = decoder_layers(model, groups, which, wire=wire, experts=experts)
-    size = model.config.hidden_size
-    module = PipelineStage(layers, stages=stages, hidden_size=size, first_layer=which.start, **parts)
+    parts |= {"hidden_size": model.config.hidden_size, "shift": shift, "overlap": overlap}
+    module = PipelineStage(layers, stages=stages, first_layer=which.start, **parts)
     name_modules(module)
     return module
 

@@ -40,7 +40,7 @@ from seqpar.layers import (
 )
 from seqpar.partition import HeadMap, Interleave, Layout, Range, Shift, ThreePhase, layout_names
 
-__all__ = ["LoadReport", "MemoryReport", "Parallelized", "build", "decoder_layers", "parallelize"]
+__all__ = ["LoadReport", "MemoryReport", "Parallelized", "build", "decoder_layers", "parallelize", "shift_rule"]
 
 
 class LoadReport(NamedTuple):
@@ -328,7 +328,7 @@ def build(
     if experts not in ("tp", "ep"):
         raise ValueError(f'`experts` must be "tp" or "ep", got {experts!r}')
     check_methods(prefill, decode, pipeline=pipeline, wire=wire, overlap=overlap)
-    rule = _shift(shift, groups.layout)
+    rule = shift_rule(shift, groups.layout)
     chosen = AutoOverlap() if overlap == "auto" else None if overlap == "off" else overlap
     config, stack = model.config, model.model
     heads = HeadMap(config.num_attention_heads, config.num_key_value_heads, *groups.layout)
@@ -401,7 +401,7 @@ def decoder_layers(
     ]
 
 
-def _shift(shift: Any, stored: Layout) -> Shift | AutoShift | None:
+def shift_rule(shift: Any, stored: Layout) -> Shift | AutoShift | None:
     """What decides the layout of a step; None where all run under the stored one."""
     if isinstance(shift, str) and shift in ("auto", "off"):
         return AutoShift() if shift == "auto" else None

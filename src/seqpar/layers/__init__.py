@@ -13,7 +13,7 @@ from seqpar.layers.base import (
     sync_gradients,
 )
 from seqpar.layers.csa import Certified, CSAAttention, CSAResult, Policy, Strided, TopMass
-from seqpar.layers.decoder import ParallelAttention, ParallelDecoderLayer
+from seqpar.layers.decoder import ParallelAttention, ParallelDecoderLayer, add_layouts
 from seqpar.layers.embedding import ParallelLMHead, VocabParallelEmbedding, gather_rows, gather_rows_steps
 from seqpar.layers.heads import HeadParameter
 from seqpar.layers.linear import (
@@ -77,6 +77,7 @@ __all__ = [
     "USPAttention",
     "UlyssesAttention",
     "VocabParallelEmbedding",
+    "add_layouts",
     "compile_segments",
     "gather_rows",
     "gather_rows_steps",

@@ -6,6 +6,7 @@ path, so that pure tensor parallelism, pure Ulysses and their product are one pi
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, ClassVar, NamedTuple
 
@@ -17,6 +18,7 @@ from seqpar.comm import Groups, ProcessGroup, Steps, Wire
 from seqpar.kernels import add_rms_norm
 from seqpar.kv import PagedKV
 from seqpar.layers.base import check_covered, check_gradients, drop_child_names, find_layout, part_of
+from seqpar.layers.embedding import VocabParallelEmbedding
 from seqpar.layers.heads import HeadParameter
 from seqpar.layers.linear import QKVParallelLinear, RowParallelLinear, enter_steps
 from seqpar.layers.mlp import ParallelMLP, given
@@ -28,7 +30,7 @@ from seqpar.layers.ulysses import UlyssesAttention
 from seqpar.partition import HeadMap, Layout, Range, ThreePhase, even_ranges, even_split
 from seqpar.ragged import RaggedBatch, Tail
 
-__all__ = ["ParallelAttention", "ParallelDecoderLayer"]
+__all__ = ["ParallelAttention", "ParallelDecoderLayer", "add_layouts"]
 
 
 class ParallelAttention(nn.Module):
@@ -445,3 +447,21 @@ def _linear(module: nn.Module, name: str) -> nn.Linear:
     if type(child) is not nn.Linear:
         raise TypeError(f"`{name}` must be an nn.Linear, got {type(child).__name__}; unwrap it before slicing")
     return child
+
+
+def add_layouts(parts: Sequence[nn.Module], layouts: Mapping[Layout, Groups]) -> None:
+    """Let embeddings and decoder layers run under other layouts of their ranks, on views of the stored weights.
+
+    Raises:
+        TypeError: a part is another's, which knows no layouts; then nothing has changed.
+    """
+    known = (VocabParallelEmbedding, ParallelDecoderLayer)
+    foreign = next((part for part in parts if not isinstance(part, known)), None)
+    if foreign is not None:
+        raise TypeError(f"`layers` must be parallel ones to be shifted, got {type(foreign).__name__}")
+    for layout, groups in layouts.items():
+        for part in parts:
+            if isinstance(part, VocabParallelEmbedding):
+                part.add_layout(layout, group=groups.tp)
+            elif isinstance(part, ParallelDecoderLayer):
+                part.add_layout(layout, groups=groups)

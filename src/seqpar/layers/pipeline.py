@@ -8,24 +8,56 @@ would wait for the next stage before this one could go on with another micro-bat
 Each rank hands its own tokens to the rank with its place in the next stage, as it holds them: a tp-th of them would do,
 and a gather over `tp` there, which is a collective in the way of every micro-batch.
 
+A stage has the layouts and chunks of an unstaged model: `shift` and `overlap` look at numbers of tokens alone, so that
+all stages choose alike, and what is handed over lies as the micro-batch's layout and chunks say, one message for all.
+
 Source: GPipe (arXiv:1811.06965) for stages and micro-batches.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import chain, pairwise
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from seqpar import comm
-from seqpar.comm import Handle, Stages, Steps
+from seqpar.comm import Groups, Handle, Stages, Steps
 from seqpar.kv import PagedKV
-from seqpar.partition import even_ranges
+from seqpar.layers.decoder import add_layouts
+from seqpar.layers.embedding import gather_rows_steps
+from seqpar.partition import Interleave, Layout, Range, Shift, even_ranges
 from seqpar.ragged import RaggedBatch
 
 __all__ = ["PipelineStage"]
+
+
+class _Split(NamedTuple):
+    """How the tokens of a micro-batch lie on a stage, alike on all of them.
+
+    Attributes:
+        layout: it runs under; None for the stored one.
+        groups: of that layout.
+        cuts: first tokens of the chunks but the first.
+        held: tokens of each sequence rank, chunk after chunk.
+    """
+
+    layout: Layout | None
+    groups: Groups
+    cuts: tuple[int, ...]
+    held: tuple[tuple[Range, ...], ...]
+
+    @property
+    def mine(self) -> tuple[Range, ...]:
+        return self.held[self.groups.sp.rank()]
+
+    @property
+    def is_usual(self) -> bool:
+        """Whether tokens lie in even slices of the stored layout."""
+        return self.layout is None and not self.cuts
 
 
 class PipelineStage(nn.Module):
@@ -41,6 +73,10 @@ class PipelineStage(nn.Module):
         embed_tokens: takes ids[T/sp]; on the first stage alone.
         norm: over the model dim; on the last stage alone.
         lm_head: takes x[T/sp, M], `rows` and `num_tokens`, as `ParallelLMHead`; on the last stage alone.
+        shift: which layout a micro-batch runs under, by its number of tokens; its other layouts must be added
+            (`add_layouts`). None for the stored one always.
+        overlap: how large micro-batches are cut into chunks that hide each other's collectives; decodes are not. None
+            for not at all.
 
     Raises:
         ValueError: no layers, or parts that belong to another stage.
@@ -56,10 +92,13 @@ class PipelineStage(nn.Module):
         embed_tokens: nn.Module | None = None,
         norm: nn.Module | None = None,
         lm_head: nn.Module | None = None,
+        shift: Shift | None = None,
+        overlap: Interleave | None = None,
     ) -> None:
         super().__init__()
         rank, size = stages.pp.rank(), stages.pp.size()
-        self.stages, self.hidden_size = stages, hidden_size
+        self.stages, self.hidden_size, self.shift, self.overlap = stages, hidden_size, shift, overlap
+        self.layouts: dict[Layout, Groups] = {stages.groups.layout: stages.groups}
         self.is_first, self.is_last = rank == 0, rank == size - 1
         if not layers:
             raise ValueError(f"`layers` must be at least one, got none for stage {rank} of {size}")
@@ -71,6 +110,17 @@ class PipelineStage(nn.Module):
                 raise ValueError(f"`{name}` must be on the {which} stage alone, got {found} on stage {rank} of {size}")
         self.embed_tokens, self.norm, self.lm_head = embed_tokens, norm, lm_head
         self.layers = nn.ModuleDict({str(first_layer + i): layer for i, layer in enumerate(layers)})
+
+    def add_layouts(self, layouts: Mapping[Layout, Groups]) -> None:
+        """Let micro-batches run under other layouts of the stage's ranks (`comm.layout_groups`), on views of weights.
+
+        Raises:
+            TypeError: the embedding or a layer is another's, which knows no layouts.
+        """
+        new = {layout: groups for layout, groups in layouts.items() if layout not in self.layouts}
+        first = () if self.embed_tokens is None else (self.embed_tokens,)
+        add_layouts((*first, *self.layers.values()), new)
+        self.layouts |= new
 
     def steps(
         self,
@@ -88,29 +138,72 @@ class PipelineStage(nn.Module):
                of another one the handle of what it hands over, to be waited for.
         """
         self._check(tokens, batch, rows)
-        pp, sp = self.stages.pp, self.stages.groups.sp
-        mine = even_ranges(batch.num_tokens, sp.size())[sp.rank()]
+        pp, split = self.stages.pp, self._split(batch)
+        options: dict[str, Any] = {} if split.layout is None else {"layout": split.layout}
         if self.embed_tokens is not None:
-            x = yield from comm.call(self.embed_tokens, tokens[mine.start : mine.stop])
+            ids = [tokens[mine.start : mine.stop] for mine in split.mine]
+            x = yield from comm.call(self.embed_tokens, torch.cat(ids), **options)
         else:
             like, before = next(self.layers.parameters()), pp.rank() - 1
             x = yield from comm.recv_steps(
-                (mine.size, self.hidden_size),
+                (sum(mine.size for mine in split.mine), self.hidden_size),
                 like.dtype,
                 src=before,
                 group=pp,
                 device=like.device,
                 label=f"from stage {before}",
             )
-        for layer in self.layers.values():
-            x = yield from comm.call(layer, x, batch, cos, sin, kv)
+        x = yield from self._run_layers(x, batch, cos, sin, kv, split, options)
         if self.norm is None or self.lm_head is None:
             return comm.send_async(x, dst=pp.rank() + 1, group=pp, label=f"to stage {pp.rank() + 1}")
-        logits: Tensor = x[:0]
-        if rows:
-            x = yield from comm.call(self.norm, x)
-            logits = yield from comm.call(self.lm_head, x, rows=rows, num_tokens=batch.num_tokens)
+        if not rows:
+            return x[:0]
+        x = yield from comm.call(self.norm, x)
+        if split.is_usual:
+            usual: Tensor = yield from comm.call(self.lm_head, x, rows=rows, num_tokens=batch.num_tokens)
+            return usual
+        x = yield from _find_rows(x, rows, split)
+        logits: Tensor = yield from comm.call(self.lm_head, x)
         return logits
+
+    def _split(self, batch: RaggedBatch) -> _Split:
+        """The layout and the chunks of a micro-batch, by its numbers of tokens alone."""
+        stored, total = self.stages.groups.layout, batch.num_tokens
+        chosen = stored if self.shift is None else self.shift.layout_of(total)
+        cuts: tuple[int, ...] = ()
+        if self.overlap is not None and max(batch.q_lens, default=0) > 1:
+            cuts = self.overlap.cuts_of(total)
+        slices = [even_ranges(stop - start, chosen.sp) for start, stop in pairwise((0, *cuts, total))]
+        held = tuple(
+            tuple(chunk[rank].shift(start) for chunk, start in zip(slices, (0, *cuts), strict=True))
+            for rank in range(chosen.sp)
+        )
+        return _Split(None if chosen == stored else chosen, self.layouts[chosen], cuts, held)
+
+    def _run_layers(
+        self,
+        x: Float[Tensor, "t_local m"],
+        batch: RaggedBatch,
+        cos: Float[Tensor, "t d"] | None,
+        sin: Float[Tensor, "t d"] | None,
+        kv: PagedKV | None,
+        split: _Split,
+        options: Mapping[str, Any],
+    ) -> Steps[Float[Tensor, "t_local m"]]:
+        """The layers, of all tokens or of chunks that take turns."""
+
+        def run(x: Tensor, batch: RaggedBatch, rows: slice) -> Steps[Tensor]:
+            tables = (None if table is None else table[rows] for table in (cos, sin))
+            args = (batch, *tables, kv)
+            for layer in self.layers.values():
+                x = yield from comm.call(layer, x, *args, **options)
+            return x
+
+        rows = [slice(start, stop) for start, stop in pairwise((0, *split.cuts, batch.num_tokens))]
+        if len(rows) == 1:
+            return (yield from run(x, batch, rows[0]))
+        parts = zip(x.split([mine.size for mine in split.mine]), batch.split(split.cuts), rows, strict=True)
+        return torch.cat((yield from comm.interleave_steps([run(*part) for part in parts])))
 
     def forward(
         self,
@@ -154,3 +247,20 @@ class PipelineStage(nn.Module):
         bad = [row for row in rows if not 0 <= row < batch.num_tokens]
         if bad:
             raise ValueError(f"`rows` must lie in [0, {batch.num_tokens}), got {bad[:3]}")
+
+
+def _find_rows(x: Float[Tensor, "t_local m"], rows: Sequence[int], split: _Split) -> Steps[Float[Tensor, "rows m"]]:
+    """Some rows of a micro-batch, on every rank, out of what the sequence ranks hold."""
+    sizes = [sum(mine.size for mine in held) for held in split.held]
+    order = [row for mine in chain(*split.held) for row in range(mine.start, mine.stop)]
+    place = {row: at for at, row in enumerate(order)}
+    return (
+        yield from gather_rows_steps(
+            x,
+            rows=[place[row] for row in rows],
+            num_tokens=len(order),
+            sizes=sizes,
+            group=split.groups.sp,
+            label="rows",
+        )
+    )
