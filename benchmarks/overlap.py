@@ -12,8 +12,8 @@ repetitions, put back into the real schedule (`plan.makespan`) with the link's t
 cores add (the transfers of gloo's own threads, other tenants), which no link of a GPU would; fine choices are judged by
 it. *Wall*: the real run, simulated link included, paired and interleaved with the serial one; up to 4096 tokens.
 
-`"auto"` knows neither: it decides by `plan.calibrate`, run anew for each row with its link in force. Its regret is the
-time of its cuts beside that of the best of the serial run and 2, 3 and 4 equal chunks, both replayed.
+`"auto"` knows neither: it decides by `plan.calibrate_layers`, run anew for each row with its link in force. Its regret
+is the time of its cuts beside that of the best of the serial run and 2, 3 and 4 equal chunks, both replayed.
 
 The same with nothing simulated: the ranks run in a private network namespace whose loopback a token bucket slows down
 to 1 and 2 Gbit/s (Linux, where unprivileged namespaces are allowed; else the rows are missing, with the reason).
@@ -223,7 +223,7 @@ class Outcome(NamedTuple):
 def calibrated(stack: Stack, tokens: int) -> plan.LayerCosts:
     """What "auto" of `seqpar.hf` knows when this prompt is its first: two layers at a quarter, a half and all of it."""
     sizes = (tokens // 4, tokens // 2, tokens)
-    return plan.calibrate(stack.layers[:2], group=stack.groups.flat, tokens=sizes, rounds=3)
+    return plan.calibrate_layers(stack.layers[:2], group=stack.groups.flat, tokens=sizes, rounds=3)
 
 
 def replay(programs: Programs, link: SimulatedLink) -> float:

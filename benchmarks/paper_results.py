@@ -242,7 +242,7 @@ def sarathi() -> Iterator[Row]:
 
 def pipeline(requests: int) -> Iterator[Row]:
     """GPT-3 in eight stages."""
-    found = paper_pipeline.ratios(ampere("a100"), requests)
+    found = paper_pipeline.ratios(paper_pipeline.predict(ampere("a100"), requests))
     for name, value in read("sarathi")["pipeline"].items():
         if name != "note":
             yield Row("sarathi", f"pipeline, {name.replace('_', ' ')}", value, found[name], "x")

@@ -9,12 +9,7 @@ stage to the last (`plan.measured_pipeline`); the host's own work between micro-
 *Simulated from the measured*: what each micro-batch computed on each stage, put into `plan.pipeline`: the bubbles that
 these times alone would leave. What the measured ones have beyond that is the host's and the messages'.
 
-*Predicted*: the paper's GPT-3 on 64 A100s. Composed are the steps that this library would run, by `compose` and
-`MicroBatchQueue`; their times are the cost model's (`plan.Costs`), whose rates are assumed, not measured. Nothing is
-fitted to the paper's results. Assumed are besides: the reading of Zipf (the shortest length is the likeliest), that all
-requests are there at the start, that a batch of 27 is one micro-batch's, 8 of them being in flight (27 x 8 requests of
-4K tokens have 65 GB of keys on each GPU, about what the weights leave), that prompts of Orca's batches are never cut,
-and that embedding and head cost every stage what they cost one (up to 3 % of a step).
+*Predicted*: the paper's GPT-3 on 64 A100s, by `paper_pipeline.py`, which names its assumptions.
 """
 
 from __future__ import annotations
@@ -24,16 +19,15 @@ import json
 import random
 import statistics
 import time
-from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import paper_pipeline
 import torch
 import torch.distributed as dist
 from common import Row, Timing, WrongResultError, launch, meta, parser, progress, ratio, report
+from paper_pipeline import PUBLISHED, Predicted
 from torch import Tensor
 
 from seqpar import comm, plan
@@ -41,31 +35,24 @@ from seqpar.batching import (
     Budget,
     DecodeMaximal,
     FullHybrid,
-    MicroBatchQueue,
     PipelineFusion,
     Policy,
-    Progress,
     Request,
-    Room,
-    Spread,
     StallFree,
-    Step,
     TemporalFusion,
-    compose,
 )
 from seqpar.comm import Handle, Steps
-from seqpar.plan import Costs, Grid, Model, ModelShape, PipelineTimes, StepWork
+from seqpar.plan import PipelineTimes
 from seqpar.ragged import RaggedBatch
 
 HERE = Path(__file__).parent
 CHECKPOINT = HERE.parent / "examples" / "tiny-llama"
-PUBLISHED = json.loads((HERE / "published" / "sarathi-pipeline.json").read_text())
 _RESULTS = json.loads((HERE / "published" / "sarathi.json").read_text())["pipeline"]
 RESULTS = {
-    "bubble time of a request, median, TP8 x PP8: Orca ÷ SARATHI": _RESULTS["bubble_reduction"],
-    "time for all requests, TP8 x PP8: Orca ÷ SARATHI": _RESULTS["speedup"],
-    "time for all requests: 8 x TP8 with Orca ÷ TP8 x PP8 with SARATHI": _RESULTS["speedup_over_tp"],
-    "time for all requests, with Orca: TP8 x PP8 ÷ 8 x TP8": _RESULTS["tp_over_pipeline_orca"],
+    "bubble_reduction": "bubble time of a request, median, TP8 x PP8: Orca ÷ SARATHI",
+    "speedup": "time for all requests, TP8 x PP8: Orca ÷ SARATHI",
+    "speedup_over_tp": "time for all requests: 8 x TP8 with Orca ÷ TP8 x PP8 with SARATHI",
+    "tp_over_pipeline_orca": "time for all requests, with Orca: TP8 x PP8 ÷ 8 x TP8",
 }
 PACKAGES = ("seqpar", "torch", "transformers")
 
@@ -199,136 +186,18 @@ def rows_of(found: dict[str, list[Served]], new_tokens: int) -> list[Row]:
     return rows
 
 
-@dataclass(frozen=True)
-class Composed:
-    """The micro-batches of a set of requests, in order: their work, and who is in each."""
-
-    works: list[StepWork]
-    ids: list[tuple[int, ...]]
-
-
-def lengths_of(count: int, seed: int = 0) -> list[tuple[int, int]]:
-    """Prompts and outputs by the paper's distribution."""
-    sizes = range(PUBLISHED["shortest"], PUBLISHED["longest"] + 1)
-    weights = list(accumulate((1 + place) ** -PUBLISHED["zipf"] for place in range(len(sizes))))
-    share = PUBLISHED["prompt_to_output"] / (1 + PUBLISHED["prompt_to_output"])
-    drawn = random.Random(seed).choices(sizes, cum_weights=weights, k=count)
-    return [(round(size * share), max(1, size - round(size * share))) for size in drawn]
-
-
-def composed(lengths: Sequence[tuple[int, int]], policy: Policy, batch: int, depth: int) -> Composed:
-    """What runs, where every micro-batch's tokens are known when it has left: no time is needed for that."""
-    queue, budget = MicroBatchQueue(depth), Budget(PUBLISHED["longest"] + batch, batch * depth)
-    spread, room, found = Spread(policy, depth), Room(16, 1 << 40), Composed([], [])
-    waiting = deque(Progress(i, prompt, prompt + new - 1) for i, (prompt, new) in enumerate(lengths))
-    running: dict[Any, Progress] = {}
-    while running or waiting:
-        step = Step((), ())
-        if queue.is_ready:
-            step = compose(list(running.values()), list(islice(waiting, batch * depth)), budget, spread, room)
-            for _ in step.admitted:
-                each = waiting.popleft()
-                running[each.id] = each
-        if step.ids:
-            found.works.append(work_of(step, running))
-            found.ids.append(step.ids)  # type: ignore[arg-type]
-            queue.push(step, running)
-            if queue.is_ready:
-                continue
-        for request in queue.complete().ids:
-            each = running[request]
-            if each.computed == each.tokens:
-                each.tokens += 1
-                if each.tokens == sum(lengths[each.id]):  # type: ignore[index]
-                    del running[request]
-    return found
-
-
-def work_of(step: Step, running: dict[Any, Progress]) -> StepWork:
-    """What a step has to do: decodes read their keys, prompts meet theirs, and some are done with their last token."""
-    pairs = keys = cached = rows = 0
-    for place, (request, new) in enumerate(step.items):
-        each = running[request]
-        seen = each.scheduled + new
-        rows += seen == each.tokens
-        if place < step.num_decodes:
-            cached += seen
-        else:
-            keys += seen
-            pairs += (seen * (seen + 1) - (seen - new) * (seen - new + 1)) // 2
-    return StepWork(step.num_tokens, pairs, cached, keys, decodes=step.num_decodes, rows=rows)
-
-
-class Predicted(NamedTuple):
-    """A set-up of the paper: the time for all requests, and the bubble time of each."""
-
-    seconds: float
-    bubbles_s: list[float]
-    times: PipelineTimes | None
-
-
-def costs_of(layers: int) -> Costs:
-    """Of so many layers of GPT-3, whose MLP has two matrices, on the 8 ranks of a server."""
-    config = PUBLISHED["model"]
-    shape = ModelShape.from_config({**config, "num_hidden_layers": layers})
-    return Costs(Model(shape, config["vocab_size"], gated=False, name="GPT-3"), A100, Grid(PUBLISHED["tp"]))
-
-
-def staged(lengths: Sequence[tuple[int, int]], policy: Policy) -> Predicted:
-    """TP8 x PP8."""
-    stages, batch = PUBLISHED["stages"], PUBLISHED["batch"]["TP8 x PP8"]
-    costs = costs_of(PUBLISHED["model"]["num_hidden_layers"] // stages)
-    found = composed(lengths, policy, batch, stages)
-    seconds = [costs.seconds(work) for work in found.works]
-    row = 2 * PUBLISHED["model"]["hidden_size"]  # bytes of a token, which each rank hands over as it holds it
-    sends = [A100.message_s(work.tokens * row, PUBLISHED["tp"]) for work in found.works]
-    back_s = A100.message_s(0, PUBLISHED["tp"])
-    times = plan.pipeline([[each] * stages for each in seconds], stages, sends=sends, back_s=back_s)
-    bubbles = [0.0] * len(lengths)
-    for ids, gap in zip(found.ids, times.gaps_s, strict=True):
-        for request in ids:
-            bubbles[request] += gap
-    return Predicted(times.span_s, bubbles, times)
-
-
-def replicated(lengths: Sequence[tuple[int, int]], policy: Policy) -> Predicted:
-    """8 x TP8: eight copies of the model, each with an eighth of the requests; the last to end counts."""
-    copies, batch = PUBLISHED["stages"], PUBLISHED["batch"]["8 x TP8"]
-    costs = costs_of(PUBLISHED["model"]["num_hidden_layers"])
-    totals = [
-        sum(costs.seconds(work) for work in composed(mine, policy, batch, 1).works)
-        for mine in (lengths[copy::copies] for copy in range(copies))
-    ]
-    return Predicted(max(totals), [], None)
-
-
-def predict(count: int) -> dict[str, Predicted]:
-    lengths = lengths_of(count)
-    orca, sarathi = FullHybrid(), DecodeMaximal(PUBLISHED["chunk"])
-    return {
-        "TP8 x PP8, Orca": staged(lengths, orca),
-        "TP8 x PP8, SARATHI": staged(lengths, sarathi),
-        "8 x TP8, Orca": replicated(lengths, orca),
-    }
-
-
-def beside(found: dict[str, Predicted]) -> list[tuple[str, float, float]]:
-    """What was published, and what is predicted of it."""
-    orca, sarathi, copies = (found[name] for name in ("TP8 x PP8, Orca", "TP8 x PP8, SARATHI", "8 x TP8, Orca"))
-    predicted = (
-        statistics.median(orca.bubbles_s) / statistics.median(sarathi.bubbles_s),
-        orca.seconds / sarathi.seconds,
-        copies.seconds / sarathi.seconds,
-        orca.seconds / copies.seconds,
-    )
-    return [(name, value, got) for (name, value), got in zip(RESULTS.items(), predicted, strict=True)]
+def beside(found: dict[str, Predicted]) -> list[tuple[str, float, float, float]]:
+    """What was published, and what is predicted of it: with Orca at its best, and at its worst."""
+    best, worst = (paper_pipeline.ratios(found, orca) for orca in (paper_pipeline.ORCA, paper_pipeline.TOGETHER))
+    return [(name, _RESULTS[key], best[key], worst[key]) for key, name in RESULTS.items()]
 
 
 def predicted_rows(found: dict[str, Predicted]) -> list[Row]:
     rows = []
-    for name, published, got in beside(found):
+    for name, published, got, worst in beside(found):
         rows.append(Row(f"published: {name}", published, "x"))
         rows.append(Row(f"predicted: {name}", got, "x"))
+        rows.append(Row(f"predicted, Orca at worst: {name}", worst, "x"))
     for name, each in found.items():
         rows.append(Row(f"predicted, {name}: time for all requests", each.seconds, "s"))
         if each.times is not None:
@@ -347,8 +216,8 @@ def tables(rows: Sequence[Row], found: dict[str, Predicted]) -> str:
     for row in rows:
         interval = f"{row.interval[0]:.2f} to {row.interval[1]:.2f}" if row.interval else ""
         lines.append(f"| {row.name} | {row.value:.3g} {row.unit} | {interval} |")
-    lines += ["", "| GPT-3 on 64 A100s | published | predicted |", "|---|---:|---:|"]
-    lines += [f"| {name} | {published:g}x | {got:.2f}x |" for name, published, got in beside(found)]
+    lines += ["", "| GPT-3 on 64 A100s | published | predicted | with Orca at worst |", "|---|---:|---:|---:|"]
+    lines += [f"| {name} | {value:g}x | {got:.2f}x | {worst:.2f}x |" for name, value, got, worst in beside(found)]
     lines += [
         "",
         "| predicted | time for all requests | bubbles | bubble time of a request, median |",
@@ -367,57 +236,75 @@ def tables(rows: Sequence[Row], found: dict[str, Predicted]) -> str:
     return "\n".join(lines)
 
 
-def picture(path: Path, found: dict[str, list[Served]], predicted: dict[str, Predicted], title: str) -> None:
+def picture(path: Path, measured: Sequence[Row], predicted: dict[str, Predicted], title: str) -> None:
     """Bubbles of the stages, measured and simulated; bubble times of requests as predicted."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 3.6), layout="constrained")
     shares, requests = figure.subplots(1, 2)
-    width = 0.25
-    for place, (name, runs) in enumerate(found.items()):
-        bars = [statistics.median(run.measured.stages[s].bubble for run in runs) for s in range(STAGES)]
-        bars.append(statistics.median(run.simulated.bubble for run in runs))
+    width, by = 0.25, {row.name: row.value for row in measured}
+    for place, name in enumerate(MEASURED if by else ()):
+        bars = [by[f"measured, {name}: bubbles of stage {s}"] for s in range(STAGES)]
+        bars.append(by[f"simulated from these times, {name}: bubbles"])
         at = [x + (place - 0.5) * width for x in range(len(bars))]
-        shares.bar(at, [100 * bar for bar in bars], width, label=name)
+        shares.bar(at, bars, width, label=name)
     shares.set_xticks(range(STAGES + 1), [*(f"stage {s}" for s in range(STAGES)), "from times"])
     shares.set(ylabel="bubbles, % of the time", title="two gloo stages, bundled checkpoint")
     for name, each in predicted.items():
         if each.bubbles_s:
             requests.ecdf(each.bubbles_s, label=name)
     requests.set(xscale="log", xlabel="bubble time of a request, s", ylabel="share", title="GPT-3, predicted")
-    for axes in (shares, requests) if found else (requests,):
+    for axes in (shares, requests) if by else (requests,):
         axes.legend(frameon=False)
     figure.suptitle(title, fontsize=9)
     figure.savefig(path, dpi=120)
 
 
+def kept(path: Path | None) -> tuple[dict[str, Any], list[Row]]:
+    """What an earlier run measured, and where."""
+    if path is None or not path.exists():
+        return {}, []
+    content = json.loads(path.read_text())
+    rows = [Row(**{**row, "interval": row["interval"] and tuple(row["interval"])}) for row in content["rows"]]
+    return content["meta"], [row for row in rows if not row.name.startswith(("published", "predicted"))]
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parser(__doc__ or "")
     options.add_argument("--depth", type=int, default=STAGES, help="micro-batches in flight on the two stages")
-    options.add_argument("--predicted", action="store_true", help="leave out what is measured")
+    options.add_argument("--predicted", action="store_true", help="measure nothing; what --json has measured stays")
     args: argparse.Namespace = options.parse_args(arguments)
     requests = requests_of(24 if args.quick else 64)
     rounds = 2 if args.quick else 9
     found = {} if args.predicted else launch(STAGES, measure, requests, rounds, args.depth)
-    predicted = predict(300 if args.quick else PUBLISHED["requests"])
-    measured = rows_of(found, sum(each.max_new_tokens for each in requests)) if found else []
-    about = meta(
-        args.machine if found else "none: predictions",
-        PACKAGES,
-        quick=args.quick,
-        depth=args.depth,
-        requests=len(requests),
-        batch=BATCH,
-        chunk=CHUNK,
-        prompts=PROMPTS,
-        published=PUBLISHED["source"],
-        predicted={"requests": len(predicted["TP8 x PP8, Orca"].bubbles_s), "hardware": A100.name, "rates": "assumed"},
-    )
+    predicted = paper_pipeline.predict(A100, 300 if args.quick else PUBLISHED["requests"])
+    before, measured = kept(args.json) if args.predicted else ({}, [])
+    if found:
+        measured = rows_of(found, sum(each.max_new_tokens for each in requests))
+    about = {
+        **meta(
+            args.machine if found else "none: predictions",
+            PACKAGES,
+            quick=args.quick,
+            depth=args.depth,
+            requests=len(requests),
+            batch=BATCH,
+            chunk=CHUNK,
+            prompts=PROMPTS,
+            published=PUBLISHED["source"],
+        ),
+        **(before if measured else {}),
+        "predicted": {
+            "requests": len(predicted[paper_pipeline.ORCA].bubbles_s),
+            "hardware": A100.name,
+            "rates": "assumed",
+        },
+    }
     plot, args.plot = args.plot, None
     title = "bubbles of SARATHI's and of Orca's batches: two stages measured, the paper's set-up predicted"
     report(args, about, [*measured, *predicted_rows(predicted)], title, tables(measured, predicted))
     if plot:
-        picture(plot, found, predicted, f"{args.machine}, {about['date']}")
+        picture(plot, measured, predicted, f"{about['machine']}, {about['date']}")
 
 
 if __name__ == "__main__":

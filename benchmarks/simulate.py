@@ -1,4 +1,4 @@
-"""`plan.simulate` beside the engine that it stands for, how long a large simulation takes, and scaling to 1,024 ranks.
+"""`plan.simulate` beside the engine that it stands for, and how long a large simulation takes.
 
 The engine: `examples/engine.py` serves a trace of Poisson arrivals with the bundled model on 1 and on 2 gloo ranks
 (sequence parallel, shifting). Costs of its steps are fitted to other traces, served before: a straight line in what a
@@ -8,9 +8,6 @@ several times, of which the median counts.
 
 The large one: 100,000 requests for a 70B model on 1,024 ranks in replicas of 8, in processor time of one core.
 
-Scaling: seconds of a prompt and of decodes for 8B, 70B and 405B models on H100s behind three fabrics, by the cost model
-alone, and the number of ranks from which on each technique stops paying: in strong scaling, where twice the ranks save
-less than a tenth of the time; in weak scaling, where twice as many would be used less than half as well as the fewest.
 """
 
 from __future__ import annotations
@@ -20,8 +17,7 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
@@ -29,10 +25,11 @@ from typing import Any, NamedTuple
 
 import torch
 from common import Row, launch, meta, parser, progress, report
+from scaling import model_of
 
 import seqpar
 from seqpar import batching, comm, plan
-from seqpar.partition import Interleave, Layout, Shift
+from seqpar.partition import Layout, Shift
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("seqpar", "torch")
@@ -43,19 +40,6 @@ ENGINE = ["--tau", "64", "--max-requests", "32", "--pages", "1024", "--prompt-to
 BENDS = (8, 16, 32)
 
 REQUESTS, RANKS, MOST_S = 100_000, 1024, 60.0
-
-SIZES = {
-    "8B": (4096, 32, 32, 8, 14336),
-    "70B": (8192, 80, 64, 8, 28672),
-    "405B": (16384, 126, 128, 8, 53248),
-}
-LEAST_TP = {"8B": 1, "70B": 2, "405B": 8}  # whose ranks hold the weights, of one byte each
-SCALES = tuple(1 << i for i in range(11))
-STRONG_PROMPT, WEAK_PROMPT = 1 << 17, 1 << 13  # tokens: of all ranks, of each
-STRONG_DECODES, WEAK_DECODES, CONTEXT = 64, 4, 1 << 15
-LESS, ENOUGH = 0.9, 0.5  # of the time that twice the ranks take; of the work that ranks get done
-COLOURS = {"tp": "C0", "tp, two chunks": "C4", "Ulysses": "C1", "ring": "C2", "qship": "C3", "pipeline": "C5"}
-STYLES = ("-", "--", ":")
 
 
 class Session(NamedTuple):
@@ -272,11 +256,6 @@ def validate(quick: bool) -> list[Compared]:
 # How long a large one takes
 
 
-def model_of(name: str) -> plan.Model:
-    hidden, layers, heads, kv_heads, mlp = SIZES[name]
-    return plan.Model(plan.ModelShape(hidden, layers, heads, kv_heads, hidden // heads, mlp), 128256, name=name)
-
-
 def large(requests: int) -> tuple[float, plan.Simulation]:
     """Processor seconds of the whole simulation, drawing the trace included, and what it found."""
     start = time.process_time()
@@ -293,141 +272,10 @@ def large(requests: int) -> tuple[float, plan.Simulation]:
     return time.process_time() - start, found
 
 
-# Scaling
-
-
-class Line(NamedTuple):
-    """One technique on one fabric, by ranks: seconds of a step in strong scaling, efficiency in weak scaling."""
-
-    model: str
-    fabric: str
-    regime: str
-    technique: str
-    points: dict[int, float]
-
-    @property
-    def until(self) -> int:
-        """The number of ranks from which on it stops paying, or that it ends at."""
-        sizes = sorted(self.points)
-        if self.regime.startswith("weak"):
-            return next((p for p, more in pairwise(sizes) if self.points[more] < ENOUGH), sizes[-1])
-        return next((p for p, more in pairwise(sizes) if self.points[more] > LESS * self.points[p]), sizes[-1])
-
-    @property
-    def ends(self) -> bool:
-        """Whether it pays as far as it goes: to all ranks, or to as many as the model has heads or layers for."""
-        return self.until == max(self.points)
-
-
-def fabrics() -> dict[str, plan.Hardware]:
-    """The same accelerator behind three of them."""
-    h100 = plan.HARDWARE["h100"]
-    pcie = plan.HARDWARE["4090"].tiers
-    return {
-        "NVSwitch, InfiniBand 400": h100,
-        "NVSwitch, Ethernet 100": h100.over(plan.NETWORKS["ethernet-100"]),
-        "PCIe, Ethernet 100": replace(h100, name="h100-pcie", tiers=pcie),
-    }
-
-
-def grids(least: int) -> Iterator[tuple[str, str, Callable[[int], plan.Grid], dict[str, Any]]]:
-    """Techniques of prompts and decodes: the layout of so many ranks, and the options."""
-    two: dict[str, Any] = {"overlap": Interleave(2, min_tokens=2)}
-    yield "prompt", "tp", lambda p: plan.Grid(p), {}
-    yield "prompt", "tp, two chunks", lambda p: plan.Grid(p), two
-    yield "prompt", "Ulysses", lambda p: plan.Grid(least, p // least), {}
-    yield "prompt", "ring", lambda p: plan.Grid(least, p // least), {"prefill": "ring"}
-    yield "decode", "tp", lambda p: plan.Grid(p), {}
-    yield "decode", "Ulysses", lambda p: plan.Grid(least, p // least), {}
-    yield "decode", "qship", lambda p: plan.Grid(least, p // least), {"prefill": "ring", "decode": "qship"}
-    yield "decode", "pipeline", lambda p: plan.Grid(least, 1, p // least), {}
-
-
-def scaling(models: Sequence[str]) -> list[Line]:
-    """Every model, fabric, technique; a number of ranks that the technique cannot have has no point."""
-    found = []
-    for name in models:
-        model, least = model_of(name), LEAST_TP[name]
-        for fabric, hardware in fabrics().items():
-            for what, technique, grid_of, ways in grids(least):
-                points: dict[str, dict[int, float]] = {"strong": {}, "weak": {}}
-                for p in (p for p in SCALES if p >= least):
-                    try:
-                        both = {regime: _point(model, hardware, grid_of, ways, what, regime, p) for regime in points}
-                    except ValueError:  # fewer heads or layers than ranks
-                        break
-                    for regime, value in both.items():
-                        points[regime][p] = value
-                found += [Line(name, fabric, f"{regime} {what}", technique, by) for regime, by in points.items() if by]
-    return found
-
-
-def _point(
-    model: plan.Model,
-    hardware: plan.Hardware,
-    grid_of: Callable[[int], plan.Grid],
-    ways: dict[str, Any],
-    what: str,
-    regime: str,
-    p: int,
-) -> float:
-    """Seconds of the step in strong scaling; in weak scaling, how well ranks are used.
-
-    That is, for prompts, beside the fewest ranks with the same prompt; for decodes, beside replicas of the fewest
-    ranks, each with its share of the requests.
-    """
-    least = LEAST_TP[model.name]
-    costs = plan.Costs(model, hardware, grid_of(p), plan.Options(weight_itemsize=1, **ways))
-    one = plan.Costs(model, hardware, plan.Grid(least), plan.Options(weight_itemsize=1))
-    if what == "prompt":
-        work = model.work([STRONG_PROMPT if regime == "strong" else WEAK_PROMPT * p])
-        return costs.seconds(work) if regime == "strong" else one.seconds(work) * least / costs.seconds(work) / p
-    if regime == "strong":
-        return costs.seconds(model.work([1] * STRONG_DECODES, CONTEXT))
-    ways_on = costs.grid.pp  # micro-batches take turns in as many stages
-    seconds = ways_on * costs.stage_seconds(model.work([1] * max(1, WEAK_DECODES * p // ways_on), CONTEXT))
-    return one.seconds(model.work([1] * (WEAK_DECODES * least), CONTEXT)) / seconds
-
-
-def picture(path: Path, lines: Sequence[Line], title: str) -> None:
-    """A row for each regime, a column for each model."""
-    from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
-
-    models, regimes = (
-        list(dict.fromkeys(line.model for line in lines)),
-        list(dict.fromkeys(line.regime for line in lines)),
-    )
-    names = list(fabrics())
-    figure = Figure(figsize=(4.2 * len(models), 2.7 * len(regimes)), layout="constrained")
-    axes = figure.subplots(len(regimes), len(models), squeeze=False, sharex=True)
-    for line in lines:
-        cell = axes[regimes.index(line.regime)][models.index(line.model)]
-        by = sorted(line.points.items())
-        style = STYLES[names.index(line.fabric)]
-        cell.plot([p for p, _ in by], [y for _, y in by], style, color=COLOURS[line.technique], linewidth=1.2)
-        cell.plot(line.until, line.points[line.until], "o", color=COLOURS[line.technique], markersize=3)
-    for row, regime in zip(axes, regimes, strict=True):
-        for cell, model in zip(row, models, strict=True):
-            cell.set(
-                xscale="log", yscale="log" if regime.startswith("strong") else "linear", title=f"{model}, {regime}"
-            )
-            cell.set_xlabel("ranks")
-            cell.set_ylabel("s" if regime.startswith("strong") else "efficiency")
-            cell.title.set_fontsize(9)
-    handles = [Line2D([], [], color=colour, label=name) for name, colour in COLOURS.items()]
-    handles += [
-        Line2D([], [], color="black", linestyle=style, label=name) for name, style in zip(names, STYLES, strict=True)
-    ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=5, fontsize=8, frameon=False)
-    figure.suptitle(f"{title}; a dot: stops paying", fontsize=10)
-    figure.savefig(path, dpi=110)
-
-
 # The report
 
 
-def tables(compared: Sequence[Compared], seconds: float, found: plan.Simulation, lines: Sequence[Line]) -> str:
+def tables(compared: Sequence[Compared], seconds: float, found: plan.Simulation) -> str:
     """As Markdown."""
     text = [
         "| ranks | | share | engine, ms | simulated, ms | off | within 15 % |",
@@ -437,33 +285,17 @@ def tables(compared: Sequence[Compared], seconds: float, found: plan.Simulation,
         verdict = "met" if each.off <= WITHIN else "**missed**"
         times = f"{1e3 * each.engine_s:.1f} | {1e3 * each.simulated_s:.1f}"
         text.append(f"| {each.ranks} | {each.metric} | {each.share:.0%} | {times} | {each.off:.1%} | {verdict} |")
-    text += [
-        "",
-        f"{len(found.rows):,} requests on {RANKS:,} simulated ranks: {seconds:.1f} s of one core.",
-        "",
-    ]
-    text += ["```text", found.explain(), "```", ""]
-    names = list(fabrics())
-    text += [f"| regime | model | technique | {' | '.join(names)} |", f"|---|---|---|{'---:|' * len(names)}"]
-    by = {(line.regime, line.model, line.technique, line.fabric): _until(line) for line in lines}
-    for regime, model, technique in dict.fromkeys(key[:3] for key in by):
-        cells = (by.get((regime, model, technique, name), "") for name in names)
-        text.append(f"| {regime} | {model} | {technique} | {' | '.join(cells)} |")
-    return "\n".join(text)
-
-
-def _until(line: Line) -> str:
-    return f"{line.until:,}{' (end)' if line.ends else ''}"
+    text += ["", f"{len(found.rows):,} requests on {RANKS:,} simulated ranks: {seconds:.1f} s of one core.", ""]
+    return "\n".join([*text, "```text", found.explain(), "```"])
 
 
 def main() -> None:
     arguments = parser(__doc__ or "")
-    arguments.add_argument("--only", choices=("engine", "large", "scaling"), help="one part alone, and no files")
+    arguments.add_argument("--only", choices=("engine", "large"), help="one part alone, and no files")
     args = arguments.parse_args()
     compared = validate(args.quick) if args.only in (None, "engine") else []
     requests = REQUESTS // (20 if args.quick else 1)
     seconds, found = large(requests) if args.only in (None, "large") else (0.0, None)
-    lines = scaling(("8B",) if args.quick else tuple(SIZES)) if args.only in (None, "scaling") else []
     rows = [
         Row(
             f"{each.ranks} rank(s), {each.metric} of {each.share:.0%}: off by", each.off, "", WITHIN, each.off <= WITHIN
@@ -473,10 +305,6 @@ def main() -> None:
     if found is not None:
         target = MOST_S * requests / REQUESTS
         rows.append(Row(f"{requests:,} requests on {RANKS:,} ranks", seconds, "s", target, seconds <= target))
-    rows += [
-        Row(f"{line.regime}, {line.model}, {line.technique}, {line.fabric}: pays up to", line.until, "ranks")
-        for line in lines
-    ]
     about = meta(
         args.machine,
         PACKAGES,
@@ -485,17 +313,33 @@ def main() -> None:
         engine=" ".join(ENGINE),
         shift=SHIFT,
         compared=[{**each._asdict(), "off": each.off} for each in compared],
-        lines=[line._asdict() for line in lines],
     )
     plot, args.plot = args.plot, None
-    title = "the simulator beside the engine, its speed, and scaling by the cost model"
     if args.only:
         args.json = args.markdown = None
-    report(args, about, rows, title, tables(compared, seconds, found, lines) if found and compared and lines else None)
-    if plot and lines:
-        picture(plot, lines, "predicted for H100s")
+    title = "the simulator beside the engine, and its speed"
+    report(args, about, rows, title, tables(compared, seconds, found) if found and compared else None)
+    if plot and compared:
+        picture(plot, compared, f"{args.machine}, {about['date']}")
     if any(row.ok is False for row in rows) and not args.quick:
         print("a target was missed", file=sys.stderr)
+
+
+def picture(path: Path, compared: Sequence[Compared], title: str) -> None:
+    """Percentiles of the engine and of the simulation, side by side."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    for axes, ranks in zip(figure.subplots(1, 2), sorted({each.ranks for each in compared}), strict=False):
+        mine = [each for each in compared if each.ranks == ranks]
+        for at, values in enumerate(([each.engine_s for each in mine], [each.simulated_s for each in mine])):
+            places = [place + (at - 0.5) * 0.4 for place in range(len(mine))]
+            axes.bar(places, [1e3 * value for value in values], 0.4, label=("engine", "simulated")[at])
+        axes.set_xticks(range(len(mine)), [f"{each.metric}\n{each.share:.0%}" for each in mine])
+        axes.set(title=f"{ranks} rank(s)", ylabel="ms", yscale="log")
+        axes.legend(frameon=False)
+    figure.suptitle(title, fontsize=9)
+    figure.savefig(path, dpi=120)
 
 
 if __name__ == "__main__":

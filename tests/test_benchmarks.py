@@ -634,13 +634,31 @@ def test_costs_are_fitted_where_they_are_sums(simulate) -> None:
         assert simulate.dot(weights, row) == pytest.approx(1.0 + 2.0 * work.tokens + 3.0 * work.rows, rel=1e-3)
 
 
-def test_a_technique_pays_until_twice_the_ranks_save_little(simulate) -> None:
+@pytest.fixture
+def scaling(common, monkeypatch: pytest.MonkeyPatch):
+    import scaling
+
+    return scaling
+
+
+def test_a_technique_pays_until_twice_the_ranks_save_little(scaling) -> None:
     def line(regime: str, *points: float) -> object:
-        return simulate.Line("8B", "a fabric", regime, "tp", {1 << i: point for i, point in enumerate(points)})
+        return scaling.Line("8B", "a fabric", regime, "tp", {1 << i: point for i, point in enumerate(points)})
 
     assert (line("strong prompt", 8, 4, 3.7, 1).until, line("strong prompt", 8, 4, 3).until) == (2, 4)
     assert (line("strong prompt", 8, 4, 3).ends, line("strong prompt", 8, 4, 3.7).ends) == (True, False)
     assert (line("weak decode", 1, 0.6, 0.4, 0.7).until, line("weak decode", 1).until) == (2, 1)
+
+
+def test_scaling_is_as_it_was_written(scaling) -> None:
+    """One model again; every model, fabric, regime and technique has a line."""
+    written = json.loads((BENCHMARKS.parent / "docs/results/scaling.json").read_text())["meta"]["lines"]
+    keys = {(line["model"], line["fabric"], line["regime"], line["technique"]) for line in written}
+    assert len(keys) == len(written) == 3 * 3 * 16
+    kept = {key: line["points"] for line in written if (key := tuple(line[name] for name in scaling.Line._fields[:4]))}
+    for line in scaling.scaling(("8B",)):
+        points = {str(p): value for p, value in line.points.items()}
+        assert kept[line[:4]] == pytest.approx(points)
 
 
 @pytest.mark.slow

@@ -176,6 +176,27 @@ def test_costs_are_measured_on_two_ranks_and_simulated_with(tmp_path: Path, caps
     assert "`--tp` and `--sp` must be of 1x2, 2x1, which were measured, got 2x2" in capsys.readouterr().err
 
 
+def hardware(rank: int, p: int, folder: str) -> int:
+    given = ["calibrate", "--model", CONFIG, "--sp", str(p), "--tokens", "1", "8", "--rounds", "1", "--device", "cpu"]
+    assert main([*given, "--hardware", f"{folder}/here.json", "--out", f"{folder}/costs.json"]) == 2
+    return main([*given, "--hardware", f"{folder}/here.json"])
+
+
+def test_hardware_is_measured_on_two_ranks_and_planned_with(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_ranks(2, hardware, str(tmp_path)) == [0, 0]
+    file = str(tmp_path / "here.json")
+    found = plan.Hardware.load(file)
+    assert found.most_ranks == 2 and found.accelerator.operators and "sums over 2" in found.explain()
+    given = ["plan", "--model", CONFIG, "--hardware", file, "--prompt", "64", "--new", "8", "--json"]
+    plans = json.loads(said(given, capsys))
+    assert {each["replicas"] * each["tp"] * each["sp"] * each["pp"] for each in plans} == {2}
+    half = json.loads(said([*given, "--weight-bytes", "2", "--kv-bytes", "2"], capsys))
+    assert min(each["memory_bytes"] for each in half) < min(each["memory_bytes"] for each in plans)
+    (tmp_path / "here.json").write_text("{}")
+    assert main(given) == 2
+    assert "`path` must hold hardware as `save` writes it, got" in capsys.readouterr().err
+
+
 def test_info_says_which_kernels_would_run(capsys: pytest.CaptureFixture[str]) -> None:
     found = json.loads(said(["info", "--json"], capsys))
     assert found["versions"]["torch"] and "gloo" in found["collectives"]

@@ -34,15 +34,18 @@ server; tokens/s, in and out, of a saturated one.
   python -m seqpar plan --model config.json --hardware 4090 --ranks 8 --prompt 2k --new 512 --objective latency
   python -m seqpar plan --model config.json --hardware h100 --ranks 128 --network ib-ndr400 --json
 
-What is predicted is of data sheets and published measurements (`plan.HARDWARE` names every source)."""
+What is predicted is of data sheets and published measurements (`plan.HARDWARE` names every source), or of the
+machine at hand, where --hardware is a file of `calibrate`."""
 
 _CALIBRATE = """\
 One rank alone:    python -m seqpar calibrate --model config.json --out costs.json
 Eight ranks:       torchrun --nproc-per-node 8 -m seqpar calibrate --model config.json --sp 8 --out costs.json
+For `plan`:        torchrun --nproc-per-node 8 -m seqpar calibrate --model config.json --sp 8 --hardware here.json
 
 The layers have random weights of the model's sizes, so a config.json is enough. Every layout that the stored one
 reaches is measured: (1, 8) reaches (2, 4), (4, 2) and (8, 1). `--out` is what `simulate --costs` and
-`plan.StepCosts.load` read."""
+`plan.StepCosts.load` read: seconds of steps by their tokens. `--hardware` is what `plan --hardware` and
+`plan.Hardware.load` read: operators and links by size, of which any step is made up."""
 
 _SIMULATE = """\
 A trace is JSONL, a line for each request:  {"at_s": 0.25, "prompt_tokens": 812, "new_tokens": 64}
@@ -73,7 +76,8 @@ def _plan(commands: Any) -> None:
     parser = commands.add_parser("plan", help="which layout, which techniques", description=about, epilog=_PLAN)
     add = parser.add_argument
     add("--model", type=whole_file, required=True, help="a Hugging Face config.json, or the folder that it is in")
-    add("--hardware", required=True, metavar="NAME", help="an accelerator of `plan.HARDWARE`, such as h200 or 4090")
+    add("--hardware", required=True, metavar="NAME", help="an accelerator of `plan.HARDWARE`, such as h200 or 4090, or "
+        "a file that `calibrate --hardware` wrote")  # fmt: skip
     add("--network", metavar="NAME", help="between hosts, of `plan.NETWORKS`, instead of the usual one")
     add("--ranks", type=count, metavar="N", help="that there are (default: those of a host)")
     add("--prompt", type=count, default=2048, metavar="N", help="tokens of a prompt (default: 2k)")
@@ -81,8 +85,8 @@ def _plan(commands: Any) -> None:
     add("--requests", type=count, metavar="N", help="that run at a time (default: as many as fit)")
     add("--objective", choices=_OBJECTIVES, default="throughput", help="what the best comes first by")
     add("--wire", choices=("int8", "fp8"), action="append", default=[], help="try this lossy format, too; repeatable")
-    add("--weight-bytes", type=int, choices=(1, 2), default=2, help="of a weight (default: 2)")
-    add("--kv-bytes", type=int, choices=(1, 2), default=2, help="of a number in the cache (default: 2)")
+    add("--weight-bytes", type=int, choices=(1, 2, 4), help="of a weight (default: 2, or as measured)")
+    add("--kv-bytes", type=int, choices=(1, 2, 4), help="of a number in the cache (default: 2, or as measured)")
     add("--overhead", type=duration, default=0.0, metavar="S", help="seconds of every step beside the model's")
     add("--most", type=count, default=12, metavar="N", help="lines to print (default: 12)")
     add("--explain", action="store_true", help="also what the best plan's steps are made of")
@@ -102,7 +106,8 @@ def _calibrate(commands: Any) -> None:
     add("--layers", type=count, default=2, help="that are measured, for the whole stack (default: 2)")
     add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="(default: float32)")
     add("--device", choices=("cpu", "cuda"), help="(default: cuda where there is one)")
-    add("--out", type=Path, metavar="FILE", help="where the costs go, as JSON")
+    add("--out", type=Path, metavar="FILE", help="where the costs of steps go, as JSON")
+    add("--hardware", type=Path, metavar="FILE", help="measure operators and links instead, and write them here")
     add("--json", action="store_true", help="print the costs as JSON instead of the table")
 
 
@@ -123,7 +128,7 @@ def _simulate(commands: Any) -> None:
     group = parser.add_argument_group("costs")
     add = group.add_argument
     add("--model", type=whole_file, help="a Hugging Face config.json, or the folder that it is in")
-    add("--hardware", metavar="NAME", help="an accelerator of `plan.HARDWARE`, such as h200")
+    add("--hardware", metavar="NAME", help="an accelerator of `plan.HARDWARE`, such as h200, or a file of `calibrate`")
     add("--costs", type=whole_file, metavar="FILE", help="what `calibrate --out` wrote, instead of both")
     add("--overhead", type=duration, default=0.0, metavar="S", help="seconds of every step beside the model's")
     group = parser.add_argument_group("ranks")

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import Any
+from collections.abc import Callable
 
 import torch
 
-from seqpar import comm, layers, plan
+from seqpar import comm, plan
 from seqpar.comm import Groups
-from seqpar.layers import ParallelDecoderLayer
-from seqpar.partition import HeadMap
 from seqpar.plan import ModelShape, StepCosts
+from seqpar.plan.calibrate_layers import random_layer
 
 __all__ = ["run"]
 
@@ -24,15 +23,46 @@ def run(options: argparse.Namespace) -> int:
     model = plan.Model.from_config(options.model)
     if model.moe_layers:
         raise ValueError("`--model` must be dense, got a mixture of experts; `shift='auto'` measures the loaded model")
+    if options.hardware is not None and options.out is not None:
+        raise ValueError("`--out` and `--hardware` must be given one at a time, got both; each measures something else")
     torch.set_num_threads(1)
     mesh = comm.init_mesh(tp=options.tp, sp=options.sp, device=options.device)
     groups = comm.groups(mesh)
+    if options.hardware is not None:
+        _measure_hardware(options, model, mesh, groups)
+        return 0
     costs = _measure(options, model.shape, groups, mesh.device_type)
     if groups.flat.rank() == 0:
         print(costs.to_json() if options.json else plan.shift(costs).explain())
         if options.out is not None:
             costs.save(options.out)
     return 0
+
+
+def _measure_hardware(options: argparse.Namespace, model: plan.Model, mesh: comm.DeviceMesh, groups: Groups) -> None:
+    """Operators and links, to a file and for people."""
+    found = plan.calibrate(
+        mesh,
+        model=model,
+        tokens=tuple(options.tokens),
+        rounds=options.rounds,
+        layers=options.layers,
+        dtype=getattr(torch, options.dtype),
+        progress=_teller(groups),
+    )
+    if groups.flat.rank() == 0:
+        found.save(options.hardware)
+        print(options.hardware.read_text() if options.json else found.explain())
+
+
+def _teller(groups: Groups) -> Callable[[int, int], None]:
+    """A line on rank 0, redrawn."""
+
+    def tell(done: int, total: int) -> None:
+        if groups.flat.rank() == 0 and sys.stderr.isatty():
+            print(f"\r{done}/{total} measurements\033[K", end="" if done < total else "\n", file=sys.stderr)
+
+    return tell
 
 
 def _measure(options: argparse.Namespace, shape: ModelShape, groups: Groups, device: str) -> StepCosts:
@@ -46,10 +76,6 @@ def _measure(options: argparse.Namespace, shape: ModelShape, groups: Groups, dev
             if layout != groups.layout:
                 layer.add_layout(layout, groups=others)
 
-    def tell(done: int, total: int) -> None:
-        if groups.flat.rank() == 0 and sys.stderr.isatty():
-            print(f"\r{done}/{total} measurements\033[K", end="" if done < total else "\n", file=sys.stderr)
-
     return plan.calibrate_layouts(
         stack,
         layouts=list(every),
@@ -57,29 +83,5 @@ def _measure(options: argparse.Namespace, shape: ModelShape, groups: Groups, dev
         num_layers=shape.num_layers,
         tokens=tuple(options.tokens),
         rounds=options.rounds,
-        progress=tell,
+        progress=_teller(groups),
     )
-
-
-def random_layer(shape: ModelShape, groups: Groups, index: int, **made: Any) -> ParallelDecoderLayer:
-    """This rank's slices of a decoder layer of those sizes, with random weights.
-
-    Args:
-        shape: of the model.
-        groups: the ranks.
-        index: of the layer.
-        made: device and dtype of the weights.
-    """
-    m, d = shape.hidden_size, shape.head_dim
-    heads = HeadMap(shape.num_heads, shape.num_kv_heads, *groups.layout)
-    qkv = layers.QKVParallelLinear(m, heads, d, group=groups.tp, **made)
-    core = layers.UlyssesAttention(heads, d, group=groups.sp, tp_rank=groups.tp.rank(), layer_index=index)
-    width = shape.num_heads * d
-    out = layers.RowParallelLinear(width, m, group=groups.tp, sp=groups.layout.sp, bias=False, unit=d, **made)
-    mlp = layers.ParallelMLP(m, shape.intermediate_size, group=groups.tp, sp=groups.layout.sp, **made)
-    norms = [layers.RMSNorm(m, **made) for _ in range(2)]
-    layer = layers.ParallelDecoderLayer(layers.ParallelAttention(qkv, core, out), mlp, *norms, groups=groups)
-    for parameter in layer.parameters():
-        if parameter.dim() > 1:
-            torch.nn.init.normal_(parameter, std=m**-0.5)
-    return layer

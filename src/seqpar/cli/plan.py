@@ -19,7 +19,14 @@ def run(options: argparse.Namespace) -> int:
         if options.network not in plan.NETWORKS:
             raise ValueError(f"`--network` must be one of {', '.join(plan.NETWORKS)}, got {options.network}")
         hardware = hardware.over(plan.NETWORKS[options.network])
-    how = plan.Options(weight_itemsize=options.weight_bytes, kv_itemsize=options.kv_bytes, overhead_s=options.overhead)
+    measured = hardware.accelerator.operators
+    usual = 2 if measured is None else measured.itemsize
+    how = plan.Options(
+        weight_itemsize=options.weight_bytes or usual,
+        kv_itemsize=options.kv_bytes or usual,
+        itemsize=usual,
+        overhead_s=options.overhead,
+    )
     workload = plan.Workload(options.prompt, options.new, options.requests)
     found = plan.best(
         model,
@@ -39,14 +46,16 @@ def run(options: argparse.Namespace) -> int:
 
 
 def hardware_named(name: str) -> plan.Hardware:
-    """A preset.
+    """A preset, or what `calibrate` wrote.
 
     Raises:
-        ValueError: there is none of that name.
+        ValueError: there is neither of that name, or the file holds something else.
     """
-    if name not in plan.HARDWARE:
-        raise ValueError(f"`--hardware` must be one of {', '.join(plan.HARDWARE)}, got {name}")
-    return plan.HARDWARE[name]
+    if name in plan.HARDWARE:
+        return plan.HARDWARE[name]
+    if not Path(name).is_file():
+        raise ValueError(f"`--hardware` must be one of {', '.join(plan.HARDWARE)}, or a file, got {name}")
+    return plan.Hardware.load(name)
 
 
 def _content(found: plan.Plan) -> dict[str, Any]:

@@ -130,6 +130,11 @@ class SimulatedLink:
         """How long a transfer takes on the free link."""
         return self.alpha_s + num_bytes / self.bytes_per_s
 
+    @property
+    def clock(self) -> Callable[[], float]:
+        """The time on a CPU, for traces."""
+        return self._clock
+
     def reset(self) -> None:
         """Forget the transfers under way: the link is free. On CUDA they spin on, beside those to come."""
         self.busy_until_s = -inf

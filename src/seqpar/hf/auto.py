@@ -14,7 +14,7 @@ from seqpar import comm
 from seqpar.comm import ProcessGroup
 from seqpar.layers import ParallelAttention, ParallelDecoderLayer
 from seqpar.partition import Layout
-from seqpar.plan import LayerCosts, OverlapChoice, calibrate, overlap
+from seqpar.plan import LayerCosts, OverlapChoice, calibrate_layers, overlap
 
 __all__ = ["AutoOverlap", "called_whole", "typical_layers"]
 
@@ -34,10 +34,10 @@ class _Step(NamedTuple):
 class AutoOverlap:
     """Decides for every step whether it is cut into chunks, and where; the same on every rank.
 
-    The first step of at least `min_tokens` measures a layer or two (`plan.calibrate`, for about as long as a few such
-    steps take in them); one that is far longer than what was measured does so again, and so does the first step under
-    another layout. Below the gate nothing is measured or decided, and decodes, where each request has one new token,
-    always run whole.
+    The first step of at least `min_tokens` measures a layer or two (`plan.calibrate_layers`, for about as long as a few
+    such steps take in them); one that is far longer than what was measured does so again, and so does the first step
+    under another layout. Below the gate nothing is measured or decided, and decodes, where each request has one new
+    token, always run whole.
 
     Args:
         min_tokens: smaller steps run whole.
@@ -141,7 +141,9 @@ class AutoOverlap:
                 bar.update(done - bar.n)
 
             sizes = sorted({max(1, most // 4), max(1, most // 2), most})
-            return calibrate(typical_layers(layers), group=group, tokens=sizes, rounds=3, layout=layout, progress=tell)
+            return calibrate_layers(
+                typical_layers(layers), group=group, tokens=sizes, rounds=3, layout=layout, progress=tell
+            )
 
     def __repr__(self) -> str:
         return f"AutoOverlap({self.min_tokens}, {self.costs}, {self.chunks}, {self.margin})"

@@ -4,8 +4,9 @@ Nothing here changes what a layer computes. A decision comes with its reasons (`
 such as the cuts of a prompt, which a layer or `partition.Interleave` takes.
 """
 
-from seqpar.plan.calibrate import calibrate, calibrate_layouts
+from seqpar.plan.calibrate import calibrate
 from seqpar.plan.calibrate_decode import calibrate_decode
+from seqpar.plan.calibrate_layers import calibrate_layers, calibrate_layouts
 from seqpar.plan.chunks import (
     balanced_chunk,
     kv_reread,
@@ -30,6 +31,7 @@ from seqpar.plan.decode import (
 from seqpar.plan.hardware import HARDWARE, MACHINES, NETWORKS, Accelerator, Fabric, Hardware, Machine, Tier
 from seqpar.plan.helix import helix_volume
 from seqpar.plan.model import FAMILIES, Model, StepWork
+from seqpar.plan.operators import Around, Operators, Product
 from seqpar.plan.overlap import Candidate, OverlapChoice, overlap
 from seqpar.plan.pipeline import PipelineTimes, StageTimes, measured_pipeline, pipeline
 from seqpar.plan.prefill import ModelShape, prefill_costs
@@ -60,6 +62,7 @@ __all__ = [
     "MACHINES",
     "NETWORKS",
     "Accelerator",
+    "Around",
     "Arrival",
     "Breakdown",
     "Candidate",
@@ -81,12 +84,14 @@ __all__ = [
     "MethodCosts",
     "Model",
     "ModelShape",
+    "Operators",
     "Options",
     "OverlapChoice",
     "Part",
     "PipelineTimes",
     "Place",
     "Plan",
+    "Product",
     "RingCase",
     "RingCosts",
     "Saturated",
@@ -112,6 +117,7 @@ __all__ = [
     "bound",
     "calibrate",
     "calibrate_decode",
+    "calibrate_layers",
     "calibrate_layouts",
     "closed_volume",
     "consolidation_steps",

@@ -18,7 +18,7 @@ from seqpar.comm import Groups
 from seqpar.kv import PagedKV, StripedKV
 from seqpar.layers import QShipDecodeAttention, UlyssesAttention, heads_to_stripes
 from seqpar.partition import HeadMap, Striping, even_split
-from seqpar.plan.calibrate import Progress, finish, on_device
+from seqpar.plan.calibrate_layers import Progress, finish, on_device
 from seqpar.plan.costs import Curve
 from seqpar.plan.decode import DecodeCosts, Exchange, MethodCosts
 

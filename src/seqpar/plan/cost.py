@@ -40,9 +40,10 @@ Prefill = Literal["ulysses", "ring"]
 Decode = Literal["local", "qship"]
 Cut: TypeAlias = tuple[StepWork, ...]
 
-_HALF = 2  # bytes of activations
+_HALF = 2  # bytes of an element in half precision
 _NORM_PASSES = 8  # of the activations through memory: around each half the sum, the residual twice, the norm
 _KERNELS = (3, 1, 1, 3)  # of a slot: qkv, rotary, append; attention; o; gate and up, activation, down
+_MANY = 1 << 24  # pairs from which on each takes as long
 _ROUTING = 4  # kernels of a mixture beside its products
 _SIZES = (1, 16, 64, *range(128, 4096, 128), *(1 << i for i in range(12, 18)))
 
@@ -88,8 +89,9 @@ class Options:
         wire: the format that sums and exchanges travel in; quantising costs a pass through memory on either side.
         prefill: what the sequence ranks do in prompts.
         decode: where decodes are computed.
-        weight_itemsize: bytes of a weight of the layers, 2 or 1 (fp8); embedding and head have 2.
-        kv_itemsize: bytes of a number in the cache, 2 or 1.
+        weight_itemsize: bytes of a weight of the layers, 2, 1 (fp8) or 4.
+        kv_itemsize: bytes of a number in the cache, 2, 1 or 4.
+        itemsize: bytes of an activation, and of a weight of embedding and head, 2 or 4.
         overhead_s: of the engine, beside the model, for every step.
         memory_share: of the device's memory that may be used.
         fused_norms: norms come with the sums, as in a fused kernel, and are not charged.
@@ -106,6 +108,7 @@ class Options:
     decode: Decode = "local"
     weight_itemsize: int = 2
     kv_itemsize: int = 2
+    itemsize: int = 2
     overhead_s: float = 0.0
     memory_share: float = 0.9
     fused_norms: bool = False
@@ -116,9 +119,11 @@ class Options:
         for name, among in (("prefill", ("ulysses", "ring")), ("decode", ("local", "qship")), ("near", ("sp", "tp"))):
             if getattr(self, name) not in among:
                 raise ValueError(f'`{name}` must be "{among[0]}" or "{among[1]}", got {getattr(self, name)!r}')
-        if self.weight_itemsize not in (1, 2) or self.kv_itemsize not in (1, 2):
+        sizes = (self.weight_itemsize, self.kv_itemsize, self.itemsize)
+        if not {*sizes} <= {1, 2, 4} or self.itemsize == 1:
             raise ValueError(
-                f"`weight_itemsize` and `kv_itemsize` must be 1 or 2, got {self.weight_itemsize}, {self.kv_itemsize}"
+                "`weight_itemsize` and `kv_itemsize` must be 1, 2 or 4 and `itemsize` 2 or 4, got "
+                f"{', '.join(map(str, sizes))}"
             )
         if not (self.overhead_s >= 0 and 0 < self.memory_share <= 1):
             raise ValueError(
@@ -369,7 +374,7 @@ class Costs:
         slots = []
         for slot in range(4):
             sends = any(column[slot] for column in comm)
-            per_pair = self._pair_s(layout) if slot == 1 else 0.0
+            per_pair = self._multiply_s(layout, StepWork(most, pairs=_MANY, keys=most)) / _MANY if slot == 1 else 0.0
             slots.append(
                 SlotCosts(
                     Curve(sizes, tuple(column[slot] for column in local)),
@@ -390,14 +395,16 @@ class Costs:
         base = self._base
         layers = ceil(shape.num_layers / grid.pp)
         layer = layers * model.attention_parameters + model.mlp_parameters(layers)
-        table = model.vocab_size * shape.hidden_size * _HALF
+        table = model.vocab_size * shape.hidden_size * options.itemsize
         ends = table / base.tp + (0 if model.tied else table / grid.layout.size)
         if grid.pp > 1:
             ends = table / base.tp  # the first stage has the embedding, the last one the head
         weights = layer * options.weight_itemsize / base.tp + ends
         split = ceil(step_tokens / grid.sp)
         widest = max(2 * self._qkv(base), (2 if model.gated else 1) * 1.5 * shape.intermediate_size / base.tp)
-        active = split * (3 * shape.hidden_size + widest) * _HALF + rows * model.vocab_size / grid.layout.size * 4
+        active = (
+            split * (3 * shape.hidden_size + widest) * options.itemsize + rows * model.vocab_size / grid.layout.size * 4
+        )
         available = self.hardware.accelerator.memory_bytes * options.memory_share
         return Memory(weights, tokens_held * self.kv_bytes, active, available)
 
@@ -472,6 +479,7 @@ class Costs:
         rates = self._rates.get(layout)
         if rates is None:
             plain = layout.sp == 1 or (self.options.prefill, self.options.decode) == ("ulysses", "local")
+            plain = plain and self.hardware.accelerator.operators is None
             rates = self._rates[layout] = (self._pair_s(layout), self._key_s(layout), plain)
         pair_s, key_s, plain = rates
         if not plain:
@@ -502,14 +510,22 @@ class Costs:
         shape, device, size = self.model.shape, self.hardware.accelerator, self.options.weight_itemsize
         rows, m, tp = ceil(tokens / layout.sp), shape.hidden_size, layout.tp
         qkv, inner = self._qkv(layout), shape.num_heads * shape.head_dim / tp
-        half = rows * _HALF / device.memory_rate
+        half = rows * self.options.itemsize / device.memory_rate
         norms = 0 if self.options.fused_norms else _NORM_PASSES / 2 * m
-        found = [
+        products = [
             _product(0, "qkv", device.product_s(rows, qkv, m, size), device.multiply_s(rows, qkv, m, size)),
             _product(2, "o", device.product_s(rows, m, inner, size), device.multiply_s(rows, m, inner, size)),
+        ]
+        mlp = self._mlp(rows, tp, mixture, half)
+        if device.operators is not None:
+            around = device.operators.around_s(layout, tokens, m)
+            mine = [piece for piece in mlp if piece.name != "norms"]
+            return [*products, *mine, *(_Piece(slot, "around", "host", each) for slot, each in enumerate(around))]
+        found = [
+            *products,
             _Piece(0, "norms", "memory", half * (norms + 2 * qkv)),
             _Piece(3, "norms", "memory", half * norms),
-            *self._mlp(rows, tp, mixture, half),
+            *mlp,
         ]
         launches = [*_KERNELS[:3], _KERNELS[3] + _ROUTING * mixture]
         found += [_Piece(slot, "launches", "host", count * device.kernel_s) for slot, count in enumerate(launches)]
@@ -544,7 +560,7 @@ class Costs:
         shape, options = self.model.shape, self.options
         found = []
         if work.pairs:
-            multiply, read = work.pairs * self._pair_s(layout), work.keys * self._key_s(layout)
+            multiply, read = self._multiply_s(layout, work), self._read_s(layout, work)
             kind: Kind = "compute" if multiply >= read else "memory"
             seconds = max(multiply, read)
             if options.prefill == "ring" and layout.sp > 1:
@@ -557,7 +573,7 @@ class Costs:
             if options.decode == "qship" and layout.sp > 1:
                 seconds = self._shipped(layout).seconds(max(1, work.decodes), int(work.cached))
             else:
-                seconds = work.cached * self._key_s(layout)
+                seconds = self._decodes_s(layout, work)
                 if options.prefill == "ring" and 1 < layout.size <= shape.num_heads:
                     exchanges = fsum(piece.seconds for piece in self._exchanges(layout, work.decodes))
                     found.append(_Piece(1, "exchange, decodes", "link", exchanges))
@@ -570,13 +586,13 @@ class Costs:
         strides = self._strides(layout)
         found = self._exchanges(layout, tokens) if self.options.prefill == "ulysses" else []
         if tp > 1:
-            rows, row = ceil(tokens / sp), shape.hidden_size * _HALF
+            rows, row = ceil(tokens / sp), shape.hidden_size * self.options.itemsize
             sent = rows * (row if wire is None else encoded_width(shape.hidden_size, wire))
             seconds = hardware.all_reduce_s(sent, tp, strides.tp)
             found += [_Piece(slot, "sums", "link", seconds) for slot in (2, 3)]
         if wire is not None and found:
             # Codes are written and read once for each collective, at the rate of the memory.
-            passes = len(found) * 2 * ceil(tokens / sp) * shape.hidden_size * (_HALF + 1)
+            passes = len(found) * 2 * ceil(tokens / sp) * shape.hidden_size * (self.options.itemsize + 1)
             found.append(_Piece(3, "quantising", "memory", passes / hardware.accelerator.memory_rate))
         return found
 
@@ -585,7 +601,7 @@ class Costs:
         dim, wire, sp = self.model.shape.head_dim, self.options.wire, layout.sp
         if sp == 1:
             return []
-        head = dim * _HALF if wire is None else encoded_width(dim, wire)
+        head = dim * self.options.itemsize if wire is None else encoded_width(dim, wire)
         there = ceil(tokens / sp) * self._others(layout) * head
         back = (tokens - tokens // sp) * self._most_q(layout) * head
         stride = self._strides(layout).sp
@@ -599,26 +615,31 @@ class Costs:
         model, hardware, grid, options = self.model, self.hardware, self.grid, self.options
         m, device = model.shape.hidden_size, hardware.accelerator
         found = []
-        rows, p = max(1, work.rows), layout.size
+        rows, p, item = max(1, work.rows), layout.size, options.itemsize
+        if device.operators is not None:
+            found.append(Part("ends", "host", device.operators.ends_s(layout, work.tokens, m), 1))
         if options.overhead_s:
             found.append(Part("engine", "host", options.overhead_s, 1))
         if layout.tp > 1:
-            sent = ceil(work.tokens / layout.sp) * m * _HALF
+            sent = ceil(work.tokens / layout.sp) * m * item
             found.append(Part("embedding", "link", hardware.all_reduce_s(sent, layout.tp, self._strides(layout).tp), 1))
+        if layout.sp > 1:
+            sent = (layout.sp - 1) / layout.sp * rows * m * item
+            found.append(Part("rows", "link", hardware.pass_s(sent, layout.sp, self._strides(layout).sp), 1))
         columns = model.vocab_size / p
-        seconds, multiplied = device.product_s(rows, columns, m), device.multiply_s(rows, columns, m)
+        seconds, multiplied = device.product_s(rows, columns, m, item), device.multiply_s(rows, columns, m, item)
         found.append(Part("head", "compute" if multiplied >= seconds else "memory", seconds, 1))
         if p > 1:
-            found.append(Part("logits", "link", hardware.pass_s((p - 1) / p * rows * model.vocab_size * _HALF, p), 1))
+            found.append(Part("logits", "link", hardware.pass_s((p - 1) / p * rows * model.vocab_size * item, p), 1))
         if grid.pp > 1:
-            each = hardware.message_s(ceil(work.tokens / layout.sp) * m / layout.tp * _HALF, p)
+            each = hardware.message_s(ceil(work.tokens / layout.sp) * m / layout.tp * item, p)
             found.append(Part("stages", "link", (grid.pp - 1) * each, grid.pp - 1))
         return found
 
     def _contention(self, layout: Layout, tokens: int) -> float:
         if layout.tp == 1:
             return 0.0
-        num_bytes = tokens * self.model.shape.hidden_size * _HALF
+        num_bytes = tokens * self.model.shape.hidden_size * self.options.itemsize
         return self.hardware.contention(num_bytes, layout.tp, self._strides(layout).tp)
 
     def _strides(self, layout: Layout) -> Layout:
@@ -627,9 +648,32 @@ class Costs:
 
     def _pair_s(self, layout: Layout) -> float:
         """Seconds of a query and a key that it sees, in one layer."""
-        device, shape = self.hardware.accelerator, self.model.shape
+        device = self.hardware.accelerator
+        return 4 * self._width(layout) / (device.flops * device.attention_efficiency)
+
+    def _multiply_s(self, layout: Layout, work: StepWork) -> float:
+        """Seconds of all pairs of a step's prompts, in one layer."""
+        operators = self.hardware.accelerator.operators
+        if operators is None:
+            return work.pairs * self._pair_s(layout)
+        return operators.prompts_s(work.pairs * self._width(layout), cached=work.keys > work.tokens - work.decodes)
+
+    def _read_s(self, layout: Layout, work: StepWork) -> float:
+        """Seconds to read the keys of a step's prompts, in one layer; what was measured has read them."""
+        return 0.0 if self.hardware.accelerator.operators is not None else work.keys * self._key_s(layout)
+
+    def _decodes_s(self, layout: Layout, work: StepWork) -> float:
+        """Seconds of all decodes of a step where the keys lie by heads, in one layer."""
+        operators = self.hardware.accelerator.operators
+        if operators is None:
+            return work.cached * self._key_s(layout)
+        return operators.decodes_s(work.decodes, work.cached * self._width(layout))
+
+    def _width(self, layout: Layout) -> Number:
+        """Query heads times their dim, of one rank's attention."""
+        shape = self.model.shape
         heads = shape.num_heads / layout.size if self.options.prefill == "ring" else self._most_q(layout)
-        return 4 * heads * shape.head_dim / (device.flops * device.attention_efficiency)
+        return heads * shape.head_dim
 
     def _key_s(self, layout: Layout) -> float:
         """Seconds to read one token's keys and values of one rank, in one layer."""

@@ -150,12 +150,13 @@ class LayerCosts:
             raise ValueError(f"`path` must hold layer costs as `save` writes them, got {path}: {error}") from None
 
 
-def _curve(tokens: list[int], seconds: list[float]) -> Curve:
+def curve_of(tokens: list[int], seconds: list[float]) -> Curve:
+    """What JSON holds of one."""
     return Curve(tuple(tokens), tuple(seconds))
 
 
 def _slot(content: dict[str, Any]) -> SlotCosts:
-    curves = {name: None if content[name] is None else _curve(**content[name]) for name in ("compute", "comm")}
+    curves = {name: None if content[name] is None else curve_of(**content[name]) for name in ("compute", "comm")}
     assert curves["compute"] is not None
     return SlotCosts(curves["compute"], curves["comm"], content["per_pair_s"])
 

@@ -23,6 +23,7 @@ from typing import Literal
 
 from seqpar.layers import Strided
 from seqpar.partition import HeadMap, Range, RingOrder
+from seqpar.plan.ring import check_order
 
 __all__ = ["strided_volumes"]
 
@@ -49,8 +50,18 @@ def strided_volumes(
         exchange: that of the layer; a faithful policy has its own.
 
     Raises:
-        ValueError: heads that the ranks, or a faithful policy's groups, cannot split.
+        ValueError: groups that do not divide the ranks, an order whose ranks do not hold the same requests; heads that
+            the ranks, or a faithful policy's groups, cannot split.
     """
+    check_order(order)
+    largest = policy.levels[-1][0]
+    if order.ranks % largest:
+        raise ValueError(f"`policy` must have groups that divide the {order.ranks} ranks, got one of {largest}")
+    if min(num_heads, num_kv_heads, head_dim, itemsize) < 1:
+        raise ValueError(
+            "`num_heads`, `num_kv_heads`, `head_dim` and `itemsize` must be at least 1, got "
+            f"{num_heads}, {num_kv_heads}, {head_dim} and {itemsize}"
+        )
     if policy.faithful:
         samples = [[sum(run.size for run in runs) for runs in requests] for requests in order.q]
         widths = (head_dim * itemsize, head_dim * itemsize + 2)

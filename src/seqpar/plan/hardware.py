@@ -7,13 +7,19 @@ them is a measurement of ours; `calibrate` replaces them all by measurements of 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 from math import ceil, inf
+from os import PathLike
+from pathlib import Path
 from types import MappingProxyType
-from typing import TypeAlias
+from typing import Any, TypeAlias
+
+from seqpar.plan.costs import Curve, curve_of
+from seqpar.plan.operators import Operators
 
 __all__ = ["HARDWARE", "MACHINES", "NETWORKS", "Accelerator", "Fabric", "Hardware", "Machine", "Tier"]
 
@@ -37,7 +43,8 @@ class Accelerator:
         memory_bytes: of the device; 0 where nobody asks.
         hbm_efficiency: share of the memory rate that is reached.
         fp8_flops: rate of 8-bit products, from the data sheet; twice `flops` by default, the same where there is no
-            unit for them.
+            unit for them. Products of 4-byte numbers run at half of `flops`.
+        operators: what was measured here; it stands in the place of all rates.
     """
 
     name: str
@@ -52,6 +59,7 @@ class Accelerator:
     memory_bytes: float = 0.0
     hbm_efficiency: float = 1.0
     fp8_flops: float | None = None
+    operators: Operators | None = None
 
     def __post_init__(self) -> None:
         for name in ("gemm_efficiency", "attention_efficiency", "hbm_efficiency"):
@@ -75,7 +83,7 @@ class Accelerator:
     def product_rate(self, itemsize: int) -> float:
         """Operations a second of large products whose weights have so many bytes."""
         low = 2 * self.flops if self.fp8_flops is None else self.fp8_flops
-        return (low if itemsize == 1 else self.flops) * self.gemm_efficiency
+        return (low if itemsize == 1 else self.flops / 2 if itemsize == 4 else self.flops) * self.gemm_efficiency
 
     def multiply_s(self, rows: int, columns: Number, inner: Number, itemsize: int = 2, *, count: int = 1) -> float:
         """Seconds of `count` products [rows, inner] x [inner, columns] side by side, their weights at hand.
@@ -93,9 +101,11 @@ class Accelerator:
         return waves * self.sms * 2 * tall * wide * inner / split / self.product_rate(itemsize)
 
     def product_s(self, rows: int, columns: Number, inner: Number, itemsize: int = 2, *, count: int = 1) -> float:
-        """The longer of multiplying and of reading the weights."""
+        """The longer of multiplying and of reading the weights; or as measured."""
         if not rows or not count:
             return 0.0
+        if self.operators is not None:
+            return count * self.operators.product_s(rows, columns, inner)
         read = count * columns * inner * itemsize / self.memory_rate
         return max(read, self.multiply_s(rows, columns, inner, itemsize, count=count))
 
@@ -112,6 +122,8 @@ class Fabric:
         source: of the numbers.
         all_to_all_alpha_s: latency of one all-to-all with what packs it; that of an all-reduce by default, infinite for
             an algorithm that only sums.
+        sums: seconds of an all-reduce by its bytes, where they were measured, instead of latency and rate.
+        passes: seconds of an exchange by the bytes that a rank sends, likewise.
     """
 
     ranks: int
@@ -120,6 +132,8 @@ class Fabric:
     comm_sms: int = 0
     source: str = ""
     all_to_all_alpha_s: float | None = None
+    sums: Curve | None = None
+    passes: Curve | None = None
 
     def __post_init__(self) -> None:
         least = min(self.alpha_s, self.comm_sms, self.exchange_alpha_s)
@@ -138,7 +152,15 @@ class Fabric:
         """Seconds of one all-reduce; nothing over one rank."""
         if self.ranks == 1:
             return 0.0
+        if self.sums is not None:
+            return self.sums(round(num_bytes))
         return self.alpha_s + 2 * (self.ranks - 1) / self.ranks * num_bytes / self.bytes_per_s
+
+    def pass_s(self, sent_bytes: Number) -> float:
+        """Seconds of an all-gather, reduce-scatter or all-to-all in which every rank sends so much."""
+        if self.passes is not None:
+            return self.passes(round(sent_bytes))
+        return self.exchange_alpha_s + sent_bytes / self.bytes_per_s
 
 
 @dataclass(frozen=True)
@@ -203,7 +225,7 @@ class Tier:
 
     def pass_s(self, sent_bytes: Number, ranks: int) -> float:
         """An all-gather, reduce-scatter or all-to-all in which every rank sends so much."""
-        return min(fabric.exchange_alpha_s + sent_bytes / fabric.bytes_per_s for fabric in self.options(ranks))
+        return min(fabric.pass_s(sent_bytes) for fabric in self.options(ranks))
 
 
 @dataclass(frozen=True)
@@ -306,6 +328,61 @@ class Hardware:
     def over(self, network: Tier) -> Hardware:
         """The same hosts joined by another network."""
         return replace(self, tiers=(*(tier for tier in self.tiers if tier.ranks is not None), network))
+
+    def explain(self) -> str:
+        """The rates, for people."""
+        device = self.accelerator
+        lines = [
+            f"{self.name}: {device.source}",
+            f"products up to {device.flops * device.gemm_efficiency / 1e9:,.1f} GFLOP/s, attention "
+            f"{device.flops * device.attention_efficiency / 1e9:,.1f}, memory {device.memory_rate / 1e9:,.1f} GB/s, "
+            f"{device.memory_bytes / 1e9:,.1f} GB",
+        ]
+        for tier in self.tiers:
+            lines.append(f"{tier.name}, {tier.ranks or 'any number of'} rank(s):")
+            for each in tier.fabrics:
+                lines.append(
+                    f"  sums over {each.ranks}: {1e6 * each.alpha_s:,.0f} us and {each.bytes_per_s / 1e9:,.2f} GB/s; "
+                    f"exchanges from {1e6 * each.exchange_alpha_s:,.0f} us"
+                )
+        return "\n".join(lines)
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write JSON that `load` reads."""
+        Path(path).write_text(json.dumps(asdict(self), indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> Hardware:
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: the file does not hold hardware, or impossible numbers.
+        """
+        try:
+            content = json.loads(Path(path).read_text())
+            device = dict(content["accelerator"])
+            operators = device.pop("operators")
+            tile = device.pop("tile")
+            return cls(
+                content["name"],
+                Accelerator(
+                    **device,
+                    tile=tile and tuple(tile),
+                    operators=operators and Operators.from_content(operators),
+                ),
+                tuple(_tier(each) for each in content["tiers"]),
+            )
+        except (TypeError, KeyError, AttributeError, ValueError) as error:
+            raise ValueError(f"`path` must hold hardware as `save` writes it, got {path}: {error}") from None
+
+
+def _tier(content: dict[str, Any]) -> Tier:
+    """Of what JSON holds."""
+    fabrics = []
+    for each in content["fabrics"]:
+        curves = {name: each[name] and curve_of(**each[name]) for name in ("sums", "passes")}
+        fabrics.append(Fabric(**{**each, **curves}))
+    return Tier(**{**content, "fabrics": tuple(fabrics)})
 
 
 _ASSUMED = "assumed, typical of large prefills"

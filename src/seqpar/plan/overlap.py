@@ -140,7 +140,7 @@ def overlap(
     """Choose the cuts of a step.
 
     Args:
-        costs: of a layer; see `calibrate`.
+        costs: of a layer; see `calibrate_layers`.
         num_tokens: new tokens of the step, or of each of its requests.
         num_layers: like layers, one after another.
         prefix: keys that are cached already, of the request or of each.
@@ -303,7 +303,7 @@ def _table(choice: OverlapChoice) -> list[str]:
     rows = [("chunks", "cut at", "predicted", "÷ serial", "even cuts", "bound", "idle", "")]
     for c in choice.candidates:
         mark = "<- chosen" if c.cuts == choice.cuts else ""
-        ratio = f"{c.predicted_s / choice.serial_s:.3f}"
+        ratio = f"{c.predicted_s / choice.serial_s:.3f}" if choice.serial_s else ""
         times = (_ms(c.even_s), _ms(c.bound_s), _ms(c.exposed_s))
         rows.append((str(c.chunks), _listed(c.cuts), _ms(c.predicted_s), ratio, *times, mark))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

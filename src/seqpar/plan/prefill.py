@@ -1,4 +1,4 @@
-"""Costs of a layer from its sizes and a machine's rates: a prediction where `calibrate` has nothing to measure.
+"""Costs of a layer from its sizes and a machine's rates: a prediction where `calibrate_layers` has nothing to measure.
 
 A roofline under tensor parallelism. Matrix products run at a share of the peak, or, where the accelerator has a tile,
 in whole waves of tiles over its processors; attention at a share of its own; norms and the activation at the memory

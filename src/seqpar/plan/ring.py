@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from math import log
 from typing import Literal, NamedTuple
 
-from seqpar.kernels.quantize import Wire, encoded_width
+from seqpar.kernels.quantize import Wire, check_wire, encoded_width
 from seqpar.partition import RingOrder, Run
 
 __all__ = ["RingCase", "RingCosts", "ring_costs", "ring_method", "ring_seconds", "ring_volumes"]
@@ -52,7 +52,19 @@ def ring_volumes(
         wire: the layer's format.
         backward: of the backward pass instead: the same for both methods, but that a wire format is for what the
             forward sent round.
+
+    Raises:
+        ValueError: an unknown method or format, sizes below 1, or an order whose ranks do not hold the same requests.
     """
+    check_order(order)
+    check_method(method)
+    check_wire(wire)
+    sizes = (num_heads, num_kv_heads, head_dim, itemsize)
+    if min(sizes) < 1:
+        raise ValueError(
+            f"`num_heads`, `num_kv_heads`, `head_dim` and `itemsize` must be at least 1, got "
+            f"{', '.join(map(str, sizes))}"
+        )
     ranks, lse = order.ranks, 8 if itemsize == 8 else 4
     sent = head_dim * itemsize if wire is None else encoded_width(head_dim, wire)
     keys = 2 * num_kv_heads * (sent if method == "kv" else head_dim * itemsize)
@@ -70,6 +82,32 @@ def ring_volumes(
                 total += _tokens(order.answered_at(ahead, hop)) * num_heads * (sent + lse)
         found.append(total)
     return tuple(found)
+
+
+def check_method(method: Method) -> None:
+    """Refuse what is none."""
+    if method not in ("kv", "q"):
+        raise ValueError(f'`method` must be "kv" or "q", got {method!r}')
+
+
+def check_order(order: RingOrder) -> None:
+    """Refuse ranks that hold different numbers of requests."""
+    held = [*map(len, order.q), *map(len, order.kv)]
+    if not order.q or len(order.q) != len(order.kv) or len({*held}) != 1:
+        raise ValueError(
+            "`order` must say of at least one rank which queries and keys of the same requests it holds, got "
+            f"{len(order.q)} and {len(order.kv)} ranks of {sorted({*held})} requests"
+        )
+
+
+def check_rates(latency_s: float, **rates: float) -> None:
+    """Refuse rates that are not positive, and a negative latency."""
+    wrong = {name: rate for name, rate in rates.items() if not rate > 0}
+    if wrong or not latency_s >= 0:
+        raise ValueError(
+            f"{' and '.join(f'`{name}`' for name in rates)} must be > 0 and latencies >= 0, got "
+            f"{', '.join(map(str, rates.values()))} and {latency_s}"
+        )
 
 
 def _tokens(held: tuple[tuple[Run, ...], ...]) -> int:
@@ -167,7 +205,11 @@ def ring_costs(
         latency_s: of a message.
         answers: "hops" sends each answer under the next block and exposes the last, as `layers.RingAttention` does;
             "end" sends all of them after the last block.
+
+    Raises:
+        ValueError: a rate that is not positive, or a negative latency.
     """
+    check_rates(latency_s, flops=flops, bytes_per_s=bytes_per_s)
     step = case.step_flops / flops
     keys, queries, answer = (latency_s + n / bytes_per_s for n in (case.kv_bytes, case.q_bytes, case.answer_bytes))
     kv_s = ring_seconds(step, keys, case.ranks)
@@ -197,8 +239,9 @@ def ring_method(
             row of their own table, also where they measured that keys are faster; with decimal ones "kv" for all.
 
     Raises:
-        ValueError: an unknown rule.
+        ValueError: an unknown rule; rates as for `ring_costs`.
     """
+    check_rates(latency_s, flops=flops, bytes_per_s=bytes_per_s)
     if rule == "cost":
         return ring_costs(case, flops=flops, bytes_per_s=bytes_per_s, latency_s=latency_s).method
     if rule == "meta-fit":

@@ -90,11 +90,21 @@ def percentile(values: Sequence[float], share: float, weights: Sequence[int] | N
         values: in any order.
         share: in [0, 1].
         weights: how often each value counts; once by default.
+
+    Raises:
+        ValueError: a share outside of [0, 1], or weights that are negative or not one for each value.
     """
     return _percentiles(values, (share,), weights)[0]
 
 
 def _percentiles(values: Sequence[float], shares: Sequence[float], weights: Sequence[int] | None) -> list[float]:
+    if not all(0 <= share <= 1 for share in shares):
+        raise ValueError(f"`share` must be in [0, 1], got {', '.join(map(str, shares))}")
+    if weights is not None and (len(weights) != len(values) or min(weights, default=0) < 0):
+        raise ValueError(
+            f"`weights` must be >= 0, one for each of the {len(values)} values, got {len(weights)}, the least "
+            f"{min(weights, default=0)}"
+        )
     if not values:
         return [0.0] * len(shares)
     if weights is None:
@@ -141,6 +151,13 @@ class Simulation:
     computed_tokens: int
     redone_tokens: int
     lost_s: float
+
+    def __post_init__(self) -> None:
+        if len(self.gaps_s) != len(self.gap_counts) or min(self.gap_counts, default=0) < 0:
+            raise ValueError(
+                f"`gap_counts` must be >= 0, one for each of `gaps_s`, got {len(self.gap_counts)} for "
+                f"{len(self.gaps_s)}"
+            )
 
     @property
     def finished(self) -> int:
@@ -200,7 +217,7 @@ class Simulation:
         """Seconds that such shares of the requests (of the pairs of tokens for "tbt") do not exceed; 0 for none.
 
         Raises:
-            ValueError: an unknown metric.
+            ValueError: an unknown metric, or a share outside of [0, 1].
         """
         if metric not in _METRICS:
             raise ValueError(f"`metric` must be one of {', '.join(_METRICS)}, got {metric!r}")

@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from seqpar.kernels.quantize import FORMATS, Wire
 from seqpar.partition import Interleave, Shift
-from seqpar.plan.cost import Costs, Grid, Options
+from seqpar.plan.cost import Costs, Decode, Grid, Options, Prefill
 from seqpar.plan.costs import Curve
 from seqpar.plan.hardware import Hardware
 from seqpar.plan.model import Model, StepWork
@@ -32,6 +32,8 @@ __all__ = ["Plan", "Saturated", "Tuned", "Workload", "best", "saturated"]
 Objective = Literal["latency", "throughput", "memory", "ttft", "tpot"]
 
 _OBJECTIVES = ("latency", "throughput", "memory", "ttft", "tpot")
+_PREFILLS: tuple[Prefill, ...] = ("ulysses", "ring")
+_DECODES: tuple[Decode, ...] = ("local", "qship")
 _BUDGETS = (512, 1024, 2048, 4096, 8192)
 _LAYERS = 4  # show where to cut: turns are alike from layer to layer
 _STEPS = (1, 8, 32, 128, 256, 512, 1024, 2048, 4096, 8192)
@@ -126,7 +128,12 @@ class Plan:
         return ", ".join(words)
 
     def value(self, objective: Objective) -> float:
-        """What is to be small."""
+        """What is to be small.
+
+        Raises:
+            ValueError: an unknown objective.
+        """
+        _check_objective(objective)
         return {
             "latency": self.latency_s,
             "ttft": self.ttft_s,
@@ -176,6 +183,8 @@ def best(
     options: Options | None = None,
     wires: Sequence[Wire | None] = (None,),
     budgets: Sequence[int] = _BUDGETS,
+    prefills: Sequence[Prefill] = _PREFILLS,
+    decodes: Sequence[Decode] = _DECODES,
 ) -> Tuned:
     """Search for plans.
 
@@ -189,14 +198,15 @@ def best(
         options: itemsizes, the engine's overhead and the share of the memory; the techniques are searched.
         wires: formats that sums and exchanges may travel in: lossy ones only where they are asked for.
         budgets: tokens of a step to try.
+        prefills: what the sequence ranks may do in prompts.
+        decodes: where decodes may be computed.
 
     Raises:
-        ValueError: an unknown objective, no ranks or budgets, hardware of unknown memory, or a model of which not one
-            request fits in any layout.
+        ValueError: an unknown objective or method, no ranks or budgets, hardware of unknown memory, or a model of which
+            not one request fits in any layout.
     """
     ranks = hardware.host_ranks if ranks is None else ranks
-    if objective not in _OBJECTIVES:
-        raise ValueError(f"`objective` must be one of {', '.join(_OBJECTIVES)}, got {objective!r}")
+    _check_objective(objective)
     if ranks < 1 or not budgets or min(budgets) < 1:
         raise ValueError(f"`ranks` and `budgets` must be at least 1, got {ranks} and {list(budgets)}")
     if not hardware.accelerator.memory_bytes:
@@ -206,9 +216,12 @@ def best(
     unknown = [wire for wire in wires if wire is not None and wire not in FORMATS]
     if unknown or not wires:
         raise ValueError(f"`wires` must be of None, {', '.join(FORMATS)}, got {list(wires)}")
+    for name, given, known in (("prefills", prefills, _PREFILLS), ("decodes", decodes, _DECODES)):
+        if not given or not {*given} <= {*known}:
+            raise ValueError(f"`{name}` must be of {', '.join(known)}, got {list(given)}")
     found: list[Plan] = []
     short: list[tuple[float, Grid]] = []
-    for grid, ways in _candidates(model, hardware, ranks, options or Options(), wires):
+    for grid, ways in _candidates(model, hardware, ranks, options or Options(), wires, prefills, decodes):
         costs = Costs(model, hardware, grid, ways)
         # A plan whose weights do not fit is not worth its schedules.
         missing = costs.memory(workload.prompt + workload.output, min(budgets)).short
@@ -228,6 +241,11 @@ def best(
     kept = [plan for plan in found if not any(_beats(other, plan) for other in found)]
     unique = {(plan.name, plan.budget): plan for plan in kept}
     return Tuned(tuple(sorted(unique.values(), key=lambda plan: plan.value(objective))), objective, len(found))
+
+
+def _check_objective(objective: Objective) -> None:
+    if objective not in _OBJECTIVES:
+        raise ValueError(f"`objective` must be one of {', '.join(_OBJECTIVES)}, got {objective!r}")
 
 
 def saturated(costs: Costs, workload: Workload, *, budget: int, capacity: int) -> Saturated:
@@ -259,7 +277,13 @@ def saturated(costs: Costs, workload: Workload, *, budget: int, capacity: int) -
 
 
 def _candidates(
-    model: Model, hardware: Hardware, ranks: int, options: Options, wires: Sequence[Wire | None]
+    model: Model,
+    hardware: Hardware,
+    ranks: int,
+    options: Options,
+    wires: Sequence[Wire | None],
+    prefills: Sequence[Prefill],
+    decodes: Sequence[Decode],
 ) -> Iterator[tuple[Grid, Options]]:
     """Layouts of all divisors of the ranks, and what of the options does not depend on the curves."""
     heads = model.shape.num_heads
@@ -269,9 +293,9 @@ def _candidates(
             fits = tp * sp * pp == size and tp <= heads and pp <= model.num_layers
             if not fits or size > (hardware.most_ranks or size):
                 continue
-            prefills = ["ulysses"] * (tp * sp <= heads) + ["ring"] * (sp > 1)
-            decodes = ["local", "qship"] if sp > 1 and tp * sp <= heads else ["local"]
-            for prefill, decode, wire in product(prefills, decodes, wires if tp * sp > 1 else (None,)):
+            able = {"ulysses": tp * sp <= heads, "ring": sp > 1, "local": True, "qship": sp > 1 and tp * sp <= heads}
+            methods = ([each for each in given if able[each]] for given in (prefills, decodes))
+            for prefill, decode, wire in product(*methods, wires if tp * sp > 1 else (None,)):
                 ways: dict[str, Any] = {"prefill": prefill, "decode": decode, "wire": wire}
                 yield Grid(tp, sp, pp), replace(options, overlap=None, shift=None, **ways)
 

@@ -20,9 +20,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import NamedTuple
 
-from seqpar.kernels.quantize import Wire, encoded_width
+from seqpar.kernels.quantize import Wire, check_wire, encoded_width
 from seqpar.partition import GridOrder, HeadMap, HeadPart, Range, head_parts
-from seqpar.plan.ring import Method, RingCase, ring_costs, ring_volumes
+from seqpar.plan.ring import Method, RingCase, check_order, check_rates, ring_costs, ring_volumes
 
 __all__ = ["USPCosts", "usp_costs", "usp_volumes"]
 
@@ -49,7 +49,19 @@ def usp_volumes(
         itemsize: b.
         wire: the layer's format.
         backward: of the backward pass instead, to the cached tokens too.
+
+    Raises:
+        ValueError: an unknown method or format, a grid that is none, a `tp_rank` that there is not, heads too few.
     """
+    check_order(grid.ring)
+    check_wire(wire)
+    if not 0 <= tp_rank < heads.tp:
+        raise ValueError(f"`tp_rank` must be in [0, {heads.tp}), got {tp_rank}")
+    if len(grid.tokens) != len(grid.cached) or not grid.columns or len(grid.tokens) % grid.ring.ranks:
+        raise ValueError(
+            f"`grid` must have tokens and cached ones of as many ranks, a multiple of its {grid.ring.ranks} rows, got "
+            f"{len(grid.tokens)} and {len(grid.cached)}"
+        )
     parts = head_parts(heads.q_shard(tp_rank), heads.group_size, grid.columns)
     plain = head_dim * itemsize
     sent = plain if wire is None else encoded_width(head_dim, wire)
@@ -127,9 +139,18 @@ def usp_costs(
         row_bytes_per_s: that one rank sends to those beside it, on the same host say; `bytes_per_s` by default.
         row_latency_s: likewise.
         row_ranks: how many ranks those are; longer rows are as slow as the ring. All by default.
+
+    Raises:
+        ValueError: a rate that is not positive, a negative latency, or `row_ranks` below 1.
     """
+    row_rate = bytes_per_s if row_bytes_per_s is None else row_bytes_per_s
+    check_rates(latency_s, flops=flops, bytes_per_s=bytes_per_s, row_bytes_per_s=row_rate)
+    if (row_latency_s or 0.0) < 0 or (row_ranks is not None and row_ranks < 1):
+        raise ValueError(
+            f"`row_latency_s` must be >= 0 and `row_ranks` at least 1, got {row_latency_s} and {row_ranks}"
+        )
     slow = (bytes_per_s, latency_s)
-    fast = (row_bytes_per_s or bytes_per_s, latency_s if row_latency_s is None else row_latency_s)
+    fast = (row_rate, latency_s if row_latency_s is None else row_latency_s)
     splits = [n for n in range(1, min(case.ranks, case.num_heads) + 1) if case.ranks % n == 0]
     found = [_split(case, n, flops, slow, fast if n <= (row_ranks or case.ranks) else slow) for n in splits]
     return tuple(sorted(found, key=lambda costs: (costs.seconds, -costs.ulysses)))
