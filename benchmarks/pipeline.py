@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import paper_pipeline
+import paper_results
 import torch
 import torch.distributed as dist
 from common import Row, Timing, WrongResultError, launch, meta, parser, progress, ratio, report
@@ -62,7 +63,7 @@ PROMPTS, RATIO = (80, 400), 10  # tokens of a prompt; prompts and outputs as the
 CHUNK = RATIO * (BATCH - 1)  # prompts then carry all decodes
 MEASURED = {"SARATHI": DecodeMaximal(CHUNK), "Orca": FullHybrid()}
 
-A100 = plan.HARDWARE["a100"]  # servers of 8, InfiniBand between them
+A100 = paper_results.ampere("a100")  # servers of 8, InfiniBand between them
 
 
 class Served(NamedTuple):

@@ -257,12 +257,12 @@ def measure(ranks: int, quick: bool) -> Measured:
     for at, step in enumerate(steps):
         progress(at, len(steps), f"{ranks} ranks, {step.name}")
         ways = ways_of(step, layouts)
-        repeats = 5 if quick else 11 if step.tokens <= 256 else 7
+        repeats = 5 if quick else 9 if step.tokens <= 256 else 7
         rounds = [[runner.once(step, way) for way in ways] for _ in range(repeats + 1)][1:]
         found[step] = {way: agreed([each[at] for each in rounds]) for at, way in enumerate(ways)}
         for name, link in links_of(ranks).items():
             real = None if link is None else SimulatedLink(link.alpha_s, link.bytes_per_s)
-            times = [[runner.wall(step, way, real) for way in ways] for _ in range(3 if quick else 7)]
+            times = [[runner.wall(step, way, real) for way in ways] for _ in range(3 if quick else 5)]
             slowest = torch.tensor(times, dtype=torch.float64)
             dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
             wall[name][step] = dict(zip(ways, slowest.T.tolist(), strict=True))

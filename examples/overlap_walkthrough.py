@@ -147,13 +147,13 @@ assert sent["int8"] < 0.3 * sent["float32"]
 # %% [markdown]
 # ## Let it be decided
 #
-# Which of these is best depends on the machine and on the prompt. `plan.calibrate` measures a layer and its sums on
-# the ranks at hand, and `plan.overlap` weighs every cut with that, and says why ([planning
+# Which of these is best depends on the machine and on the prompt. `plan.calibrate_layers` measures a layer and its
+# sums on the ranks at hand, and `plan.overlap` weighs every cut with that, and says why ([planning
 # overlap](plan-overlap.md)). With a Hugging Face model this is `overlap="auto"`.
 
 # %%
 with link.on(groups.tp):
-    costs = plan.calibrate(stack[:1], group=groups.flat, tokens=(64, 192), rounds=2)
+    costs = plan.calibrate_layers(stack[:1], group=groups.flat, tokens=(64, 192), rounds=2)
 choice = plan.overlap(costs, tokens, num_layers=3)
 assert choice.predicted_s <= choice.serial_s  # else it says to run whole
 if groups.flat.rank() == 0:

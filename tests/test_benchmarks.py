@@ -635,6 +635,43 @@ def test_costs_are_fitted_where_they_are_sums(simulate) -> None:
 
 
 @pytest.fixture
+def predict(common, monkeypatch: pytest.MonkeyPatch):
+    import predict
+
+    return predict
+
+
+def test_measured_segments_are_replayed_by_hand(predict) -> None:
+    """Around the programs one after another; two programs of two slots each hide one collective each."""
+    link = predict.SimulatedLink(0.5, 2.0)
+    one = predict.Segments(1.0, (1,), (((1.0, 1), (2.0, -1)),))
+    assert (one.seconds(None), one.seconds(link)) == (4.0, 4.0 + 1.0 + 1.0)
+    two = predict.Segments(0.0, (), (((1.0, 1), (2.0, -1)), ((3.0, 1), (1.0, -1))))
+    assert two.seconds(link) == 1.0 + 3.0 + 2.0 + 1.0  # the first sum under 3, the second under 2
+    assert predict.Step(1, 256, 3).lengths == ([1, 1, 1], [256, 257, 258]) and predict.Step(8).lengths == ([8], [0])
+    layouts = [predict.Layout(1, 2), predict.Layout(2, 1)]
+    assert (
+        len(predict.ways_of(predict.Step(8), layouts)) == 6 and len(predict.ways_of(predict.Step(1, 4), layouts)) == 2
+    )
+    case = predict.Case(2, "", predict.Step(8), predict.Way(layouts[0], 1), 9.0, 10.0, None)
+    assert case.error == pytest.approx(0.1)
+    assert predict.Chosen(2, "", predict.Step(8), *[predict.Way(layouts[0], 1)] * 2, 3.0, 2.0, "").regret == 0.5
+
+
+@pytest.mark.slow
+def test_steps_are_predicted_and_measured(tmp_path: Path) -> None:
+    """A look: targets are for the whole run on a quiet machine."""
+    outs = [tmp_path / name for name in ("out.json", "out.md", "out.png")]
+    options = [part for pair in zip(("--json", "--markdown", "--plot"), outs, strict=True) for part in pair]
+    script = [sys.executable, BENCHMARKS / "predict.py", "--quick", *map(str, options)]
+    ran = subprocess.run(script, capture_output=True, text=True, timeout=900)
+    assert ran.returncode == 0, ran.stderr
+    content = json.loads(outs[0].read_text())
+    assert len(content["meta"]["cases"]) == 115 and len(content["meta"]["chosen"]) == 20
+    assert content["rows"][0]["value"] < 0.5 and "| regret |" in outs[1].read_text() and outs[2].stat().st_size
+
+
+@pytest.fixture
 def scaling(common, monkeypatch: pytest.MonkeyPatch):
     import scaling
 

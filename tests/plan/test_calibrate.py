@@ -69,7 +69,7 @@ def measured(mesh: comm.DeviceMesh) -> tuple[Hardware, list[tuple[int, int]]]:
     driven: Callable[..., list[float]] = module._driven
     told: list[tuple[int, int]] = []
     with (
-        patch.object(module, "_driven", lambda made: made_up(driven(made))),
+        patch.object(module, "_driven", lambda made, timer: made_up(driven(made, timer))),
         patch.object(module._Timer, "seconds", lambda timer, work: work() is not None and 1e-4),
     ):
         found = calibrate(

@@ -35,7 +35,7 @@ from tests.kernels.own_errors import own_errors
 SHAPE = ModelShape(8192, 80, 64, 8, 128, 28672)
 LLAMA = Model(SHAPE, 128256, name="Llama-70B")
 MIXTRAL = Model(ModelShape(4096, 32, 32, 8, 128, 14336), 32000, 8, 2, 14336, 32)
-AROUND = ("embedding", "head", "logits", "engine", "stages")
+AROUND = ("embedding", "rows", "head", "logits", "engine", "stages")
 
 
 def one_tier(machine: Machine) -> Hardware:
@@ -268,7 +268,7 @@ def test_what_is_refused() -> None:
             ({"wire": "int3"}, "wire"),
             ({"prefill": "star"}, '`prefill` must be "ulysses" or "ring"'),
             ({"decode": "move"}, '`decode` must be "local" or "qship"'),
-            ({"weight_itemsize": 4}, "must be 1 or 2"),
+            ({"weight_itemsize": 3}, "must be 1, 2 or 4"),
             ({"overhead_s": -1.0}, "`overhead_s` must be >= 0"),
             ({"memory_share": 0.0}, r"in \(0, 1\]"),
         ):

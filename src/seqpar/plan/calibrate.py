@@ -176,7 +176,7 @@ class _Timer:
     """Times work on this rank, and agrees on what all ranks say."""
 
     def __init__(self, group: ProcessGroup, rounds: int, device: str, links: Callable[[], float]) -> None:
-        self.group, self.rounds, self.links = group, rounds, links
+        self.group, self.rounds, self.device, self.links = group, rounds, device, links
         self.now = time.thread_time if device == "cpu" else time.perf_counter
 
     def seconds(self, work: Callable[[], Tensor]) -> float:
@@ -195,11 +195,11 @@ class _Timer:
 
     def slowest(self, values: Sequence[float]) -> list[float]:
         """Each of them, of the rank where it is the largest."""
-        return self._everyone(values).amax(0).tolist()  # type: ignore[no-any-return]
+        return self._everyone(values).amax(0).tolist()
 
     def fastest(self, values: Sequence[float]) -> list[float]:
         """Each of them, of the rank where it is the least."""
-        return self._everyone(values).amin(0).tolist()  # type: ignore[no-any-return]
+        return self._everyone(values).amin(0).tolist()
 
     def _everyone(self, values: Sequence[float]) -> Tensor:
         mine = on_device(torch.tensor([list(values)], dtype=torch.float64), self.group)
@@ -301,7 +301,7 @@ def _layers(bench: Bench, layout: Layout, probes: Sequence[Probe], timer: _Timer
         rounds: list[list[float]] = []
         for turn in range(-1, timer.rounds):
             timer.start()
-            segments = _driven(partial(_stack_steps, bench, probe))
+            segments = _driven(partial(_stack_steps, bench, probe), timer)
             if turn >= 0:
                 rounds.append(_folded(segments, parts, len(bench.layers)))
         found.append([statistics.median(times) for times in zip(*rounds, strict=True)])
@@ -338,24 +338,25 @@ def _ends(
 
         def made(ids: Tensor = ids) -> comm.Steps[Tensor]:
             def steps() -> comm.Steps[Tensor]:
-                return norm((yield from comm.call(embedding, ids, layout=layout)))
+                x: Tensor = yield from comm.call(embedding, ids, layout=layout)
+                return norm.forward(x)
 
             return steps()
 
         rounds = []
         for turn in range(-1, timer.rounds):
             timer.start()
-            seconds = sum(_driven(made))
+            seconds = sum(_driven(made, timer))
             if turn >= 0:
                 rounds.append(seconds)
         times.append(statistics.median(rounds))
     return Curve(tuple(tokens), tuple(timer.slowest(times)))
 
 
-def _driven(made: Callable[[], comm.Steps[Tensor]]) -> list[float]:
+def _driven(made: Callable[[], comm.Steps[Tensor]], timer: _Timer) -> list[float]:
     """A program's local work up to each collective, and after the last one; what it is made with is not timed."""
     steps = made()
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    if timer.device == "cuda":
         return [wait.compute_s for wait in on_stream(steps)]
     with comm.trace(clock=time.thread_time) as seen:
         comm.interleave([steps])
@@ -505,7 +506,7 @@ def _sums(group: ProcessGroup, timer: _Timer, made: dict[str, Any]) -> Curve:
     times = []
     for size in sizes:
         x = torch.zeros(size // item, **made)
-        times.append(_travels(lambda x=x: comm.all_reduce_steps(x, group=group), timer, x))
+        times.append(_travels(partial(comm.all_reduce_steps, x, group=group), timer, x))
     return Curve(tuple(sizes), tuple(timer.fastest(times)))
 
 
@@ -534,7 +535,7 @@ def _passes(group: ProcessGroup, timer: _Timer, made: dict[str, Any]) -> Curve:
         sizes = [rows] * p
         times.append(
             _travels(
-                lambda x=x, sizes=sizes: comm.all_to_all_steps(x, group=group, send_sizes=sizes, recv_sizes=sizes),
+                partial(comm.all_to_all_steps, x, group=group, send_sizes=sizes, recv_sizes=sizes),
                 timer,
                 x,
             )

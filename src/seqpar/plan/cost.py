@@ -624,8 +624,8 @@ class Costs:
             sent = ceil(work.tokens / layout.sp) * m * item
             found.append(Part("embedding", "link", hardware.all_reduce_s(sent, layout.tp, self._strides(layout).tp), 1))
         if layout.sp > 1:
-            sent = (layout.sp - 1) / layout.sp * rows * m * item
-            found.append(Part("rows", "link", hardware.pass_s(sent, layout.sp, self._strides(layout).sp), 1))
+            others = (layout.sp - 1) / layout.sp * rows * m * item
+            found.append(Part("rows", "link", hardware.pass_s(others, layout.sp, self._strides(layout).sp), 1))
         columns = model.vocab_size / p
         seconds, multiplied = device.product_s(rows, columns, m, item), device.multiply_s(rows, columns, m, item)
         found.append(Part("head", "compute" if multiplied >= seconds else "memory", seconds, 1))

@@ -427,7 +427,7 @@ _GIB = float(1 << 30)  # what data sheets call a GB of memory where drivers show
 
 def _ampere(name: str, flops: float, hbm: float, sms: int, memory: float, fp8: float | None = None) -> Accelerator:
     """GPUs that take what an A6000 reaches."""
-    shares = {"gemm_efficiency": 0.774, "attention_efficiency": 0.55, "hbm_efficiency": 0.746}
+    shares: dict[str, Any] = {"gemm_efficiency": 0.774, "attention_efficiency": 0.55, "hbm_efficiency": 0.746}
     return Accelerator(
         name, flops, hbm, sms, **shares, tile=_TILE, source=_SARATHI, memory_bytes=memory, fp8_flops=fp8 or flops
     )
@@ -435,7 +435,7 @@ def _ampere(name: str, flops: float, hbm: float, sms: int, memory: float, fp8: f
 
 def _hopper(name: str, flops: float, hbm: float, sms: int, memory: float, fp8: float, more: str = "") -> Accelerator:
     """GPUs that take what an H100 reaches."""
-    shares = {"gemm_efficiency": 0.661, "attention_efficiency": 0.546, "hbm_efficiency": 0.863}
+    shares: dict[str, Any] = {"gemm_efficiency": 0.661, "attention_efficiency": 0.546, "hbm_efficiency": 0.863}
     return Accelerator(
         name,
         flops,
