@@ -578,20 +578,26 @@ def bubbles(common, monkeypatch: pytest.MonkeyPatch):
 
 
 def test_bubbles_are_predicted_beside_what_was_published(bubbles) -> None:
-    """Every token of every request is computed once, whatever the policy; chunks leave fewer bubbles than prompts."""
-    lengths = bubbles.lengths_of(40)
+    """Every token of every request is computed once, whatever the batches; chunks leave fewer bubbles than prompts."""
+    model = bubbles.paper_pipeline
+    lengths = model.lengths_of(40)
     assert all(1024 <= prompt + new <= 4096 and prompt // new in (9, 10) for prompt, new in lengths)
     works = {}
-    for name, policy in (("orca", bubbles.FullHybrid()), ("sarathi", bubbles.DecodeMaximal(256))):
-        found = bubbles.composed(lengths, policy, 5, 4)
+    for name, found in {
+        "orca": model.composed(lengths, bubbles.FullHybrid(), 5, 4),
+        "sarathi": model.composed(lengths, bubbles.DecodeMaximal(256), 5, 4),
+        "together": model.together(lengths, 5, 4),
+    }.items():
         assert sum(work.tokens for work in found.works) == sum(prompt + new - 1 for prompt, new in lengths)
         pairs = sum(work.pairs + work.cached for work in found.works)
         assert pairs == sum((n := prompt + new - 1) * (n + 1) // 2 for prompt, new in lengths)
+        assert sum(len(ids) for ids in found.ids) >= sum(new for _, new in lengths)
         works[name] = max(work.tokens for work in found.works)
-    assert works["sarathi"] <= 256 + 5 < works["orca"]
-    found = bubbles.predict(40)
+    assert works["sarathi"] <= 256 + 5 < works["orca"] < works["together"]
+    found = model.predict(bubbles.A100, 40)
     rows = bubbles.beside(found)
-    assert [(name, value) for name, value, _ in rows] == list(bubbles.RESULTS.items())
+    wanted = [(name, bubbles._RESULTS[key]) for key, name in bubbles.RESULTS.items()]
+    assert [(name, value) for name, value, _, _ in rows] == wanted
     assert rows[0][2] > 2, "fewer bubbles; 40 requests are hardly enough to be faster"
     assert all(row.name.startswith(("published", "predicted")) for row in bubbles.predicted_rows(found))
 

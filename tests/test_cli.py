@@ -154,13 +154,18 @@ def test_a_simulation_is_a_table_json_rows_and_a_picture(tmp_path: Path, capsys:
     assert drawn == again and drawn["ttft_s"]["most"] == max(row["ttft_s"] for row in rows)
 
 
-def measure(rank: int, p: int, folder: str) -> int:
+def small(rank: int, folder: str) -> None:
+    """A config of a model that takes no time, from rank 0 for all."""
     sizes = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}
     config = {"model_type": "llama", "vocab_size": 32, "intermediate_size": 24, **sizes}
     if rank == 0:
         Path(folder, "config.json").write_text(json.dumps(config))
     while not Path(folder, "config.json").exists():
         pass
+
+
+def measure(rank: int, p: int, folder: str) -> int:
+    small(rank, folder)
     given = ["calibrate", "--model", folder, "--sp", str(p), "--tokens", "8", "--rounds", "1", "--layers", "1"]
     return main([*given, "--device", "cpu", "--out", f"{folder}/costs.json"])
 
@@ -177,7 +182,8 @@ def test_costs_are_measured_on_two_ranks_and_simulated_with(tmp_path: Path, caps
 
 
 def hardware(rank: int, p: int, folder: str) -> int:
-    given = ["calibrate", "--model", CONFIG, "--sp", str(p), "--tokens", "1", "8", "--rounds", "1", "--device", "cpu"]
+    small(rank, folder)
+    given = ["calibrate", "--model", folder, "--sp", str(p), "--tokens", "1", "8", "--rounds", "1", "--device", "cpu"]
     assert main([*given, "--hardware", f"{folder}/here.json", "--out", f"{folder}/costs.json"]) == 2
     return main([*given, "--hardware", f"{folder}/here.json"])
 
@@ -187,7 +193,18 @@ def test_hardware_is_measured_on_two_ranks_and_planned_with(tmp_path: Path, caps
     file = str(tmp_path / "here.json")
     found = plan.Hardware.load(file)
     assert found.most_ranks == 2 and found.accelerator.operators and "sums over 2" in found.explain()
-    given = ["plan", "--model", CONFIG, "--hardware", file, "--prompt", "64", "--new", "8", "--json"]
+    given = [
+        "plan",
+        "--model",
+        str(tmp_path / "config.json"),
+        "--hardware",
+        file,
+        "--prompt",
+        "64",
+        "--new",
+        "8",
+        "--json",
+    ]
     plans = json.loads(said(given, capsys))
     assert {each["replicas"] * each["tp"] * each["sp"] * each["pp"] for each in plans} == {2}
     half = json.loads(said([*given, "--weight-bytes", "2", "--kv-bytes", "2"], capsys))

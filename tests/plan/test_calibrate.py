@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -84,9 +85,15 @@ def measured(mesh: comm.DeviceMesh) -> tuple[Hardware, list[tuple[int, int]]]:
     return found, told
 
 
+@cache
+def on(p: int) -> list[Any]:
+    """What all ranks say."""
+    return run_mesh((1, p), measured)
+
+
 @pytest.mark.parametrize("p", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_parts_add_up_to_the_layers_that_were_timed(p: int) -> None:
-    (hardware, told), *others = run_mesh((1, p), measured)
+    (hardware, told), *others = on(p)
     assert all(other[0] == hardware for other in others)
     layouts = [each.layout for each in hardware.accelerator.operators.around]
     assert layouts == [Layout(tp, d // tp) for d in (1, 2, 4)[: p.bit_length()] for tp in (1, 2, 4) if d % tp == 0]
@@ -104,7 +111,7 @@ def test_parts_add_up_to_the_layers_that_were_timed(p: int) -> None:
 
 def test_links_take_what_they_take() -> None:
     """A sum of two ranks sends all of it at once; an exchange half of what a rank holds."""
-    hardware = run_mesh((1, 2), measured)[0][0]
+    hardware = on(2)[0][0]
     for size in (1 << 12, 1 << 20):
         assert hardware.all_reduce_s(size, 2) == pytest.approx(ALPHA + size / RATE)
         assert hardware.pass_s(size, 2) == pytest.approx(ALPHA + size / RATE)
@@ -120,7 +127,7 @@ def test_links_take_what_they_take() -> None:
 
 
 def test_it_is_kept_in_a_file(tmp_path: Path) -> None:
-    hardware = run_mesh((1, 2), measured)[0][0]
+    hardware = on(2)[0][0]
     for each in (hardware, HARDWARE["a100"], HARDWARE["4090"]):
         each.save(tmp_path / "here.json")
         assert Hardware.load(tmp_path / "here.json") == each
@@ -183,7 +190,7 @@ def test_a_step_is_made_of_them() -> None:
 
 def test_chunks_of_a_measured_step_take_turns() -> None:
     """A cut pays its launches twice, and the later chunk attends behind the earlier one."""
-    hardware = run_mesh((1, 2), measured)[0][0]
+    hardware = on(2)[0][0]
     cut = replace(FULL, overlap=Interleave(cuts=(4,), min_tokens=2))
     whole, halves = (cost(MODEL, hardware, (2, 1), [8], options=each) for each in (FULL, cut))
     outside = sum(part.seconds for part in halves.parts if part.name in OUTSIDE)
