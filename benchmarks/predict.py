@@ -534,7 +534,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     plot, args.plot = args.plot, None
     title = "predicted after calibrate beside replayed steps of the bundled model, and what the tuner's choices cost"
-    report(args, about, rows, title, tables(cases, chosen, rows))
+    shown = f"\n\n![predicted against replayed, and against the wall clock]({plot.name})" if plot else ""
+    report(args, about, rows, title, tables(cases, chosen, rows) + shown)
     if plot:
         picture(plot, cases, f"{args.machine}, {about['date']}")
     if any(row.ok is False for row in rows) and not args.quick:

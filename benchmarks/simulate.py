@@ -318,7 +318,8 @@ def main() -> None:
     if args.only:
         args.json = args.markdown = None
     title = "the simulator beside the engine, and its speed"
-    report(args, about, rows, title, tables(compared, seconds, found) if found and compared else None)
+    shown = f"\n\n![percentiles of the engine and of the simulation]({plot.name})" if plot else ""
+    report(args, about, rows, title, tables(compared, seconds, found) + shown if found and compared else None)
     if plot and compared:
         picture(plot, compared, f"{args.machine}, {about['date']}")
     if any(row.ok is False for row in rows) and not args.quick:
