@@ -47,7 +47,7 @@ def test_predictions_are_as_written(paper: Any, written: list[Any]) -> None:
 
 def test_a_pipeline_of_even_micro_batches_has_smaller_bubbles(paper: Any) -> None:
     with own_errors():
-        found = paper.paper_pipeline.ratios(paper.ampere("a100"), 24)
+        found = paper.paper_pipeline.ratios(paper.paper_pipeline.predict(paper.ampere("a100"), 24))
     assert found["bubble_reduction"] > 2 and found["speedup"] > 1
     assert found["speedup"] == pytest.approx(found["speedup_over_tp"] * found["tp_over_pipeline_orca"])
 
