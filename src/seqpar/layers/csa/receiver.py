@@ -89,7 +89,7 @@ class Receiver:
                 self.out[at], self.lse[at], self.bound[at] = out, terms.lse, terms.bound() + rounded
                 self.doubt[at] = terms.doubt()
                 self.budget[at] = self.rule.epsilon * self._largest(part, seen)
-                # Where all values are remote, little may be certain of how long they are: plans count on an eighth of that.
+                # Where all values are remote, little may be certain of how long they are: plans count on an eighth.
                 hoped = torch.where(seen, part.tokens.v[:, part.head].norm(dim=-1), 0).amax(-1)
                 self.room[at] = torch.maximum(self.budget[at], self.rule.epsilon / 8 * hoped) - rounded
         self.open &= ~(self.bound <= self.budget)
