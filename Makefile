@@ -77,7 +77,7 @@ kernels: $(STAMP)  ## docs/results/kernels.md: what every Triton kernel needs on
 docs: $(DOCS_STAMP)  ## the site in site/, built strictly: the first warning is an error
 	@echo "docs: mkdocs build --strict"
 	@$(DOCS)/bin/python -m doctest docs/contract.py docs/walkthrough.py
-	@NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict --quiet
+	@NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict
 
 # The site's tools read the sources and import nothing of them, so their environment needs neither PyTorch nor .venv.
 $(DOCS_STAMP): pyproject.toml constraints-cpu.txt
