@@ -75,6 +75,15 @@ def test_core_needs_no_transformers() -> None:
     assert "torch" in loaded and not {"transformers", "huggingface_hub", "matplotlib"} & set(loaded)
 
 
+def test_without_transformers_hf_says_what_to_install() -> None:
+    code = (
+        "import sys; sys.modules['transformers'] = None\nimport seqpar\n"
+        "try:\n    seqpar.hf\nexcept ModuleNotFoundError as error:\n    print(error.name, error)"
+    )
+    name, message = python(code).split(maxsplit=1)
+    assert name == "transformers" and message.endswith("pip install 'seqpar[hf]'\n")
+
+
 def test_import_time() -> None:
     """`import seqpar` after `import torch` costs at most a tenth of `import torch`.
 

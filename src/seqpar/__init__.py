@@ -36,7 +36,13 @@ def __getattr__(name: str) -> Any:
     elif name == "init_mesh":
         value = importlib.import_module("seqpar.comm").init_mesh
     elif name in __all__:
-        value = importlib.import_module(f"seqpar.{name}")
+        try:
+            value = importlib.import_module(f"seqpar.{name}")
+        except ModuleNotFoundError as error:
+            if name != "hf" or (error.name or "").startswith("seqpar"):
+                raise
+            what = f"`seqpar.hf` must find Transformers, got no module {error.name!r}; pip install 'seqpar[hf]'"
+            raise ModuleNotFoundError(what, name=error.name) from None
     else:
         raise AttributeError(f"module 'seqpar' has no attribute {name!r}")
     globals()[name] = value
