@@ -63,7 +63,7 @@ fuzz: $(STAMP)  ## public functions with random arguments, for an hour; SECONDS=
 	@SEQPAR_FUZZ_SECONDS=$(SECONDS) $(BIN)/python -m pytest -q tests/fuzz
 
 bench: $(STAMP)  ## quick benchmarks on this machine (minutes); peers that are not installed are listed
-	@for name in layers overlap phases wire shift csa kv decode batching simulate pipeline paper_overlap paper_shift paper_long; do name=benchmarks/$$name.py; \
+	@for name in layers overlap phases wire shift csa kv decode batching simulate predict scaling pipeline paper_overlap paper_shift paper_long; do name=benchmarks/$$name.py; \
 	  echo "bench: $$name"; \
 	  $$( [ -x $(PEERS)/bin/python ] && echo $(PEERS)/bin/python || echo $(BIN)/python ) $$name --quick || exit 1; done
 
