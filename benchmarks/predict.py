@@ -279,7 +279,7 @@ def links_of(ranks: int) -> dict[str, SimulatedLink | None]:
 
 def calibrated(runner: Runner, link: SimulatedLink | None, quick: bool) -> plan.Hardware:
     """The ranks, and the link in its own time."""
-    options: dict[str, Any] = {"model": MODEL, "layers": MODEL.num_layers, "rounds": 3 if quick else 7}
+    options: dict[str, Any] = {"model": MODEL, "layers": MODEL.num_layers, "rounds": 3 if quick else 5}
     options["tokens"] = (1, 8, 32, 128, 512) if quick else (1, 4, 16, 32, 64, 128, 256, 512, 1024)
     if link is None:
         return plan.calibrate(runner.mesh, **options)
