@@ -462,6 +462,15 @@ def served(batching, tokens, times, arrived=(0.0, 0.0)):
     return batching.Served([list(each) for each in tokens], [list(each) for each in times], list(arrived))
 
 
+def test_a_page_keeps_the_tables_of_other_models(common, tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("# Results\n")
+    for table, block in (("| first |", ""), ("| large |", "1 GB"), ("| second |", "")):
+        common._fill_in(page, table, block)
+    found = [line for line in page.read_text().splitlines() if "begin" not in line and "end of" not in line]
+    assert found == ["# Results", "| second |", "| large |"]
+
+
 def test_a_piggybacked_decode_by_hand(batching, common) -> None:
     """64 prompt tokens take 64 s, 61 of them and 3 decodes 67 s: 2 s each; alone 4 take 20 s."""
     slow = (1.0, 3.0, 2.0)  # a machine that slows down by turns
