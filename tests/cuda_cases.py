@@ -199,6 +199,37 @@ def check_graphs(device: str) -> tuple[int, int, int]:
     return graphs.replays, graphs.eager, calls
 
 
+def check_decodes(device: str) -> tuple[int, int]:
+    """Decodes over a cache that grows, by recorded steps of the whole model and eagerly: the same tokens.
+
+    Returns how many steps graphs served, and how many there were. Sums of a step that is filled up may be added in
+    another order, so logits are compared to within a few roundings.
+    """
+    from seqpar import hf
+    from tests.hf.tiny import tiny_model
+
+    small = {"num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 64, "head_dim": 16}
+    model = tiny_model("llama", dtype=torch.float32, **small).to(device)
+    with hf.parallelize(model, comm.init_mesh(1, 1, device)):
+        record = hf.Recording((1, 2, 4), max_len=40)
+        steppers = [hf.Stepper(model, num_pages=24, page_size=4, recording=each) for each in (record, None)]
+        last = torch.arange(1, 4, device=device)
+        live = {0: 9, 1: 1, 2: 5}
+        for step in range(12):
+            found = []
+            for stepper in steppers:
+                batch = stepper.kv.batch(list(live), list(live.values()))
+                tokens = last if step else torch.arange(sum(live.values()), device=device)
+                found.append(stepper(batch, tokens, batch.last_idx.tolist()))
+            torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+            last, live = found[1].argmax(1), dict.fromkeys(live, 1)
+            if step == 6:
+                last, live = last[:2], {0: 1, 1: 1}
+        recorded = steppers[0].recorded
+        assert recorded is not None and torch.equal(found[0].argmax(1), last)
+        return recorded.graphs.replays, steppers[0].calls
+
+
 def race() -> Tensor:
     """What the sanitizer must find, or it sees nothing: a value used on a stream that does not wait for it."""
     x = inputs("cuda") * 2

@@ -298,6 +298,11 @@ def test_recorded_steps_equal_eager_ones_bit_for_bit(mesh: comm.DeviceMesh) -> N
 
 
 @compiles
+def test_recorded_decodes_over_a_cache_that_grows(mesh: comm.DeviceMesh) -> None:
+    assert cuda_cases.check_decodes("cuda") == (11, 12)
+
+
+@compiles
 def test_the_sanitizer_finds_nothing_but_the_race_planted_for_it() -> None:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)])}
     ran = subprocess.run(

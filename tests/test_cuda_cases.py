@@ -22,3 +22,11 @@ def graphs(rank: int, p: int) -> tuple[int, int, int]:
 def test_recorded_steps_equal_eager_ones_bit_for_bit() -> None:
     """On a CPU every replay calls the step."""
     assert run_ranks(1, graphs) == [(5, 1, 2 + 5 + 1)]
+
+
+def decodes(rank: int, p: int) -> tuple[int, int]:
+    return cuda_cases.check_decodes("cpu")
+
+
+def test_recorded_decodes_give_the_tokens_of_eager_ones() -> None:
+    assert run_ranks(1, decodes) == [(11, 12)]

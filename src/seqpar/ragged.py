@@ -54,6 +54,8 @@ class RaggedBatch:
         page_size: Tokens in a page, 0 without a cache.
         version: Of the cache when it gave the pages; once they may hold another request, it refuses the batch.
         requests: What the cache knows the requests as; nothing without a cache.
+        exact: Whether `kv_lens` are the lengths. If not they are bounds, and the lengths are on the device alone; see
+            `decodes`.
 
     Raises:
         ValueError: lengths, positions, slots and pages do not describe one batch.
@@ -67,6 +69,7 @@ class RaggedBatch:
     page_size: int = 0
     version: int = 0
     requests: tuple[Hashable, ...] = ()
+    exact: bool = True
 
     def __post_init__(self) -> None:
         _check_lengths(self.q_lens, self.kv_lens)
@@ -138,6 +141,46 @@ class RaggedBatch:
         tensors = where.to(device), slots.to(device), table.to(device)
         batch = cls(q_lens, kv_lens, *tensors, page_size, version, tuple(requests))
         return batch._with_host_table(table)
+
+    @classmethod
+    @torch.inference_mode(False)
+    def decodes(
+        cls,
+        kv_lens: Int32[Tensor, " n"],
+        positions: Int64[Tensor, " n"],
+        slots: Int64[Tensor, " n"],
+        page_table: Int32[Tensor, "n pages"],
+        page_size: int,
+        *,
+        version: int = 0,
+    ) -> RaggedBatch:
+        """A token of each request, whose lengths are the device's to know: a step that can be recorded and replayed.
+
+        Its tensors are those that are given. For the host `kv_lens` are what the tables have room for, so that a plan
+        made of them holds whatever the lengths are; `write_lengths` is to follow each change of them. Kernels that read
+        lengths and tables on the device take such a batch, and `pages` are not to be had.
+
+        Args:
+            kv_lens: Keys of each request once its token is appended.
+            positions: Rotary positions.
+            slots: Where the tokens are appended.
+            page_table: Pages of each request.
+            page_size: Tokens in a page.
+            version: Of the cache.
+
+        Raises:
+            ValueError: tensors that are not of one batch.
+        """
+        n, room = len(kv_lens), page_table.shape[1] * page_size
+        batch = cls((1,) * n, (room,) * n, positions, slots, page_table, page_size, version, exact=False)
+        batch.__dict__["cu_kv"] = torch.zeros(n + 1, dtype=torch.int32, device=kv_lens.device)
+        batch.write_lengths(kv_lens)
+        return batch
+
+    def write_lengths(self, kv_lens: Int32[Tensor, " n"]) -> None:
+        """Let the requests of a batch that `decodes` has made have so many keys."""
+        assert not self.exact, "an exact batch has the lengths that it was built with"
+        self.cu_kv[1:].copy_(kv_lens.cumsum(0))
 
     def _with_host_table(self, table: Int32[Tensor, "n pages"] | None) -> RaggedBatch:
         """This batch, whose `pages` need not ask the device where its table is known."""
@@ -335,6 +378,7 @@ class RaggedBatch:
     @torch.inference_mode(False)
     def cu_kv(self) -> Int32[Tensor, " starts"]:
         """`kv_starts` on the device."""
+        assert self.exact, "`decodes` gave them, and parts of such a batch have none"
         return torch.tensor(self.kv_starts, dtype=torch.int32, device=self.device)
 
     @cached_property
@@ -352,6 +396,8 @@ class RaggedBatch:
     @cached_property
     def pages(self) -> tuple[tuple[int, ...], ...]:
         """The pages that hold each request's keys, as host integers; waits for the device when it is not the host."""
+        if not self.exact:
+            raise ValueError("`pages` must be asked of a batch whose lengths the host knows, got one that is recorded")
         used = [-(-length // self.page_size) if self.page_size else 0 for length in self.kv_lens]
         return tuple([tuple(row[:n]) for row, n in zip(self._host_table.tolist(), used, strict=True)])
 
@@ -359,13 +405,17 @@ class RaggedBatch:
     @torch.inference_mode(False)
     def csr(self) -> PageCSR:
         """The page tables as compressed rows; `page_table` with `kv_lens` is the other form."""
+        sizes = [len(part) for part in self.host_csr]
+        return PageCSR(*torch.cat(self.host_csr).to(self.device).split(sizes))
+
+    @cached_property
+    @torch.inference_mode(False)
+    def host_csr(self) -> PageCSR:
+        """`csr` on the host."""
         starts = [0, *accumulate(map(len, self.pages))]
         filled = [len(row) * self.page_size - keys for row, keys in zip(self.pages, self.kv_lens, strict=True)]
         flat = [page for row in self.pages for page in row]
-        parts = starts, flat, [self.page_size - empty for empty in filled]
-        sizes = [len(part) for part in parts]
-        packed = _host_ints([value for part in parts for value in part]).to(self.device)
-        return PageCSR(*packed.split(sizes))
+        return PageCSR(*map(_host_ints, (starts, flat, [self.page_size - empty for empty in filled])))
 
     @cached_property
     def slot_runs(self) -> tuple[tuple[int, int, int], ...]:

@@ -285,7 +285,7 @@ PAGES = torch.zeros(2, 4, 2, 8)
             K,
             K,
             {"backend": "fast"},
-            r'`backend` must be one of "auto", "torch", "reference", "triton", got \'fast\'',
+            r'"auto", "torch", "reference", "triton", "flashinfer", "flash_attn", got \'fast\'',
         ),
     ],
 )

@@ -104,6 +104,35 @@ def test_deterministic_decodes_do_not_depend_on_their_batch(monkeypatch: pytest.
     assert torch.equal(found[0], out[:1]) and torch.equal(found[1], lse[:1])
 
 
+def test_decodes_whose_lengths_only_the_device_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One batch and one plan for lengths that change between the calls; what is beyond them is not a number."""
+    monkeypatch.setattr(launch, "split_count", lambda tiles, blocks, slots: 2)
+    kept: dict[str, Tensor] = {}
+    recorded: RaggedBatch | None = None
+    for lens in ((39, 4), (7, 40), (16, 17)):
+        case = Case((1, 1), tuple(n - 1 for n in lens), *MQA, 16, 20, 8, 1)
+        q, k, v, batch = case.inputs(torch.float32)
+        table = torch.nn.functional.pad(batch.page_table, (0, 5 - batch.page_table.shape[1]))
+        now = {"kv_lens": batch.cu_kv.diff(), "positions": batch.positions, "slots": batch.slots, "page_table": table}
+        if recorded is None:
+            kept = {name: x.clone() for name, x in now.items()}
+            recorded = RaggedBatch.decodes(**kept, page_size=8)
+        for name, x in now.items():
+            kept[name].copy_(x)
+        recorded.write_lengths(kept["kv_lens"])
+        found = attention(q, k, v, recorded, window=20, backend="triton")
+        plans = [key for key in recorded.plans if key[0] == "attention.triton"]
+        assert len(plans) == 1 and recorded.kv_lens == (40, 40)
+        want = attention(q.double(), k.double(), v.double(), batch, window=20, backend="reference")
+        for got, exact in zip(found, want, strict=True):
+            torch.testing.assert_close(got.double(), exact, rtol=0, atol=2e-5)
+    assert recorded is not None
+    with pytest.raises(ValueError, match='`batch` must have lengths that the host knows for backend="torch"; "triton"'):
+        attention(q, k, v, recorded)
+    with pytest.raises(ValueError, match="`pages` must be asked of a batch whose lengths the host knows, got one that"):
+        _ = recorded.pages
+
+
 def test_a_chunk_has_the_bits_of_the_whole() -> None:
     """Wherever it is cut, also with the rows of a token on two tiles."""
     q, k, v, batch = Case((40,), (0,), *MQA, 16, 20, 8, 1).inputs(torch.float32)
@@ -281,7 +310,7 @@ REST = ' for backend="triton", got'
         (ALIGNED[1 : 4 * 4 * 16 + 1].view(4, 4, 16), K, {}, f"`q` must start at a multiple of 16 bytes{REST}"),
         (Q.clone().requires_grad_(), K, {}, f'must need no gradient{REST} one that does; backend="torch" takes them'),
         (Q, K, {"softmax_scale": 0.0}, f'`softmax_scale` must be positive{REST} 0.0; backend="torch" takes it'),
-        (Q, K, {"backend": "cuda"}, '`backend` must be one of "auto", "torch", "reference", "triton", got'),
+        (Q, K, {"backend": "cuda"}, '"reference", "triton", "flashinfer", "flash_attn", got'),
     ],
 )
 @own_errors()

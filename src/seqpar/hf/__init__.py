@@ -9,6 +9,7 @@ from seqpar.hf.backbone import LMHead, ParallelBackbone
 from seqpar.hf.cache import ParallelCache
 from seqpar.hf.decode import AutoDecode
 from seqpar.hf.loading import load
+from seqpar.hf.recording import Recording
 from seqpar.hf.shift import AutoShift
 from seqpar.hf.stage import Stage, load_stage
 from seqpar.hf.stepper import Stepper
@@ -25,6 +26,7 @@ __all__ = [
     "ParallelBackbone",
     "ParallelCache",
     "Parallelized",
+    "Recording",
     "Stage",
     "Stepper",
     "load",

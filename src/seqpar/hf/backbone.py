@@ -300,7 +300,14 @@ class ParallelBackbone(nn.Module):
         return (yield from comm.call(self.norm, x)), inputs
 
     def ragged_steps(
-        self, tokens: Int64[Tensor, " t"], batch: RaggedBatch, kv: PagedKV, rows: Sequence[int], *, has_tail: bool
+        self,
+        tokens: Int64[Tensor, " t"],
+        batch: RaggedBatch,
+        kv: PagedKV,
+        rows: Sequence[int] | None,
+        *,
+        has_tail: bool,
+        layout: Layout | None,
     ) -> Steps[Float[Tensor, "rows m"]]:
         """Run a step over a cache that the caller keeps: embedding, layers, norm, and a gather of some rows.
 
@@ -312,11 +319,12 @@ class ParallelBackbone(nn.Module):
             tokens: ids of the batch's tokens.
             batch: the step.
             kv: the cache that gave the batch, of this rank's heads.
-            rows: which rows to return, increasing.
+            rows: which rows to return, increasing; None for all.
             has_tail: whether the last layer may leave out the others; alike on every rank.
+            layout: of the step, by `layout_of`.
         """
-        layout, wanted = self._layout(batch), rows if has_tail else None
-        cuts = self._ragged_cuts(batch, len(rows) if has_tail else None, layout)
+        wanted = rows if has_tail else None
+        cuts = self._ragged_cuts(batch, None if wanted is None else len(wanted), layout)
         tables = self.rotary_emb(next(self.parameters()), position_ids=batch.positions[None])
         cos, sin = (table[0] for table in tables)
         chunks = _chunks(batch, cuts, wanted)
@@ -444,7 +452,7 @@ class ParallelBackbone(nn.Module):
         keep = keep if has_tail else 0
         # Replicated parameters have a gradient under the stored layout alone, and none flows through a cache. Placed
         # tokens lie on the ranks of the stored layout.
-        layout = None if gradients or path.placement is not None else self._layout(padding)
+        layout = None if gradients or path.placement is not None else self.layout_of(padding)
         cuts = () if gradients else self._cuts(padding, store, keep, layout)
         if store is None and not cuts:
             batch = RaggedBatch.build(padding.q_lens, padding.q_lens, positions=positions, device=device)
@@ -470,7 +478,7 @@ class ParallelBackbone(nn.Module):
                 self.heads,
                 self.head_dim,
                 groups=self.groups,
-                under=self.layouts[self._layout(padding)],
+                under=self.layouts[self.layout_of(padding)],
                 window=None if None in self.windows else max(window or 0 for window in self.windows),
                 dtype=weight.dtype,
                 device=weight.device,
@@ -496,7 +504,7 @@ class ParallelBackbone(nn.Module):
         elif isinstance(source, StripedKV):
             stripes_to_heads(source, target, requests, **options)
 
-    def _layout(self, step: Padding | RaggedBatch) -> Layout | None:
+    def layout_of(self, step: Padding | RaggedBatch) -> Layout | None:
         """The layout of a step, by its number of tokens alone; None for the stored one."""
         if self.shift is None:
             return None

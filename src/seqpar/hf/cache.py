@@ -46,8 +46,10 @@ class CacheSpec(NamedTuple):
         whole = 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.dtype.itemsize
         return whole if self.striping is None else -(-whole // self.striping.ranks)
 
-    def make(self, num_pages: int, page_size: int, pages_per_request: int | None) -> PagedKV:
-        """An empty cache."""
+    def make(
+        self, num_pages: int, page_size: int, pages_per_request: int | None, *, stored: torch.dtype | None = None
+    ) -> PagedKV:
+        """An empty cache; `stored` is for whole sequences only."""
         sizes = (self.num_layers, num_pages, page_size, self.num_kv_heads, self.head_dim)
         options: dict[str, Any] = {
             "pages_per_request": pages_per_request,
@@ -55,7 +57,7 @@ class CacheSpec(NamedTuple):
             "device": self.device,
         }
         if self.striping is None:
-            return PagedKV(*sizes, **options)
+            return PagedKV(*sizes, stored=stored, **options)
         return StripedKV(*sizes, striping=self.striping, rank=self.rank, **options)
 
 

@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-__all__ = ["Backend", "choose_backend", "kernel_op", "refuse_dtype", "unknown_backend", "wants_grad"]
+__all__ = ["Backend", "NamedBackend", "choose_backend", "kernel_op", "refuse_dtype", "unknown_backend", "wants_grad"]
 
 Backend = Literal["auto", "torch", "reference", "triton"]
+NamedBackend = Literal["flashinfer", "flash_attn"]
+"""Packages that `"auto"` never stands for, and nothing requires."""
 
 TRITON_OPS = frozenset(
     {"attention", "blocks", "merge", "placed", "sparse"}

@@ -13,14 +13,14 @@ from array import array
 from collections import Counter
 from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, islice
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from seqpar.kernels.rows import Span, append_rows, copy_spans
+from seqpar.kernels.rows import FP8, FP8_DTYPES, Scales, Span, append_rows, copy_spans, fp8
 from seqpar.kv import compaction
 from seqpar.kv.compaction import CompactionPlan, Strategy
 from seqpar.kv.ledger import Ledger
@@ -89,10 +89,13 @@ class PagedKV:
         head_dim: Dims of a head.
         pages_per_request: The most pages that one request may hold; None for no limit.
         dtype: Of keys and values.
+        stored: What they are stored in: None for `dtype`, or torch.float8_e4m3fn with a scale for each token and KV
+            head, half of bfloat16's bytes (`kernels.rows.fp8` says what that loses). What is read is then to be
+            attended to with `scales`.
         device: Of keys and values.
 
     Raises:
-        ValueError: a size is negative, or `page_size` is 0.
+        ValueError: a size is negative, or `page_size` is 0; 8 bits of another dtype than float32, bfloat16 and float16.
     """
 
     def __init__(
@@ -105,8 +108,14 @@ class PagedKV:
         *,
         pages_per_request: int | None = None,
         dtype: torch.dtype = torch.float32,
+        stored: torch.dtype | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
+        if stored not in (None, FP8) or (stored is not None and (dtype not in FP8_DTYPES or not head_dim)):
+            raise ValueError(
+                f"`stored` must be None, or {FP8} for a `dtype` of {', '.join(map(str, FP8_DTYPES))} and heads of at "
+                f"least 1, got {stored} for {dtype} and heads of {head_dim}"
+            )
         if page_size < 1 or min(num_layers, num_pages, num_kv_heads, head_dim) < 0:
             raise ValueError(
                 "`page_size` must be at least 1 and the other sizes at least 0, got "
@@ -114,14 +123,19 @@ class PagedKV:
             )
         self.num_pages, self.page_size, self.pages_per_request = num_pages, page_size, pages_per_request
         shape = (num_pages, self._stored(page_size), num_kv_heads, head_dim)
+        # PyTorch moves bytes on every device, and 8-bit floats not everywhere.
+        kinds = [(shape, dtype)] * 2 if stored is None else [(shape, torch.uint8)] * 2 + [(shape[:3], torch.uint8)] * 2
         with torch.inference_mode(False):  # made in it, they could only ever be written in it
-            self._k = [torch.empty(shape, dtype=dtype, device=device) for _ in range(num_layers)]
-            self._v = [torch.empty(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+            self._stores = [
+                [torch.empty(size, dtype=kind, device=device) for _ in range(num_layers)] for size, kind in kinds
+            ]
+        self._k, self._v, *self._scales = self._stores
         self._allocator = PageAllocator(num_pages)
         self._requests: dict[Hashable, _Request] = {}
         self._ledgers = [Ledger(num_kv_heads) for _ in range(num_layers)]
         self.version = 0
         self.num_kv_heads, self.head_dim, self.dtype, self.device = num_kv_heads, head_dim, dtype, torch.device(device)
+        self.stored = dtype if stored is None else stored
 
     @classmethod
     def contiguous(
@@ -174,7 +188,7 @@ class PagedKV:
     @property
     def token_bytes(self) -> int:
         """Bytes of one token in one layer, key and value."""
-        return 2 * self.num_kv_heads * self.head_dim * self.dtype.itemsize
+        return 2 * self.num_kv_heads * (self.head_dim * self.stored.itemsize + bool(self._scales))
 
     def __contains__(self, request: Hashable) -> bool:
         return request in self._requests
@@ -424,7 +438,7 @@ class PagedKV:
         if plan.moves:
             contents = self._contents()
             lengths = [contents.get(page, 0) for page in range(self.num_pages)]
-            for tensor in (*self._k, *self._v):
+            for tensor in chain(*self._stores):
                 plan.apply(tensor, lengths=lengths)
             self._allocator.move(plan.moves)
             self.version += 1
@@ -458,7 +472,7 @@ class PagedKV:
         if page_size != self.page_size:
             self._forget_keys()
         contents = self._contents()
-        for store in (self._k, self._v):
+        for store in self._stores:
             for layer, old in enumerate(store):
                 store[layer] = new = old.new_empty(num_pages, self._stored(page_size), *old.shape[2:])
                 for page, used in contents.items():
@@ -489,7 +503,15 @@ class PagedKV:
             ValueError: there is no such layer.
         """
         self._ledger(index)
-        return self._k[index], self._v[index]
+        return self._k[index].view(self.stored), self._v[index].view(self.stored)
+
+    def scales(self, layer: int, *, heads: Range | None = None) -> Scales | None:
+        """Those of what `read` gives, for `kernels.attention`; None where keys and values are stored in their dtype."""
+        if not self._scales:
+            return None
+        those = slice(None) if heads is None else slice(*heads)
+        k, v = (store[layer][:, :, those] for store in self._scales)
+        return k, v
 
     def read(
         self, layer: int, batch: RaggedBatch, *, heads: Range | None = None
@@ -506,7 +528,7 @@ class PagedKV:
                 f"`batch` must be read after its keys are appended (layer {layer}, request {request!r}: {promised} "
                 f"tokens promised), got {appended} appended; run programs in causal order, each with its `Mark`"
             )
-        k, v = self._k[layer], self._v[layer]
+        k, v = self.layer(layer)
         return (k, v) if heads is None else (k[:, :, heads.start : heads.stop], v[:, :, heads.start : heads.stop])
 
     def append(
@@ -533,14 +555,31 @@ class PagedKV:
         """
         ledger = self._ledger(layer)
         self._check_append(k, v, batch, heads, batch.num_tokens)
-        keys, values = (self._flat(store[layer], heads) for store in (self._k, self._v))
-        if keys.is_cpu and len(batch.slot_runs) == 1:
+        keys, values, *scales = (self._flat(store[layer], heads) for store in self._stores)
+        if scales:
+            codes = keys.view(FP8), values.view(FP8)
+            append_rows(*codes, k.detach(), v.detach(), batch.slots, scales=(scales[0], scales[1]))
+        elif keys.is_cpu and len(batch.slot_runs) == 1:
             start = batch.slot_runs[0][1]
             keys.narrow(0, start, len(k)).copy_(k.detach())
             values.narrow(0, start, len(v)).copy_(v.detach())
         else:
             append_rows(keys, values, k.detach(), v.detach(), batch.slots)
         ledger.add(batch, heads)
+
+    def count(self, batch: RaggedBatch) -> None:
+        """Count a step's tokens as appended in all layers: a recorded step writes them, and runs no `append`.
+
+        Call it before the tokens are written.
+
+        Raises:
+            ValueError: the batch is older than the last free, truncate, select or move of a request in it; then nothing
+                was counted.
+        """
+        if batch.version != self.version:
+            self._check_current(batch)
+        for ledger in self._ledgers:
+            ledger.add(batch)
 
     def gather(
         self, layer: int, requests: Sequence[Hashable]
@@ -555,7 +594,10 @@ class PagedKV:
         spans: list[Span] = []
         for page, used in (pair for request in requests for pair in self._pages_of(self._get(request))):
             spans.append((page * rows, sum(spans[-1][1:]) if spans else 0, used))
-        return self._gathered(self._k[layer], spans), self._gathered(self._v[layer], spans)
+        k, v, *scales = (self._gathered(store[layer], spans) for store in self._stores)
+        if scales:
+            k, v = (fp8.decode(x.view(FP8), scale, self.dtype) for x, scale in zip((k, v), scales, strict=True))
+        return k, v
 
     def check_appended(self, layer: int, requests: Sequence[Hashable]) -> None:
         """Raise ValueError unless the requests are held and all their tokens are there."""
@@ -626,7 +668,7 @@ class PagedKV:
         """Let a request go on in a page of its own instead of one that others hold too."""
         last, rest = divmod(held.length, self.page_size)
         source, (target,), used = held.pages[last], self._allocator.alloc(1), self._stored(rest)
-        for tensor in (*self._k, *self._v):
+        for tensor in chain(*self._stores):
             tensor[target, :used] = tensor[source, :used]
         self._allocator.free([source])
         held.pages[last] = target

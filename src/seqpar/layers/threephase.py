@@ -229,6 +229,7 @@ class AttentionParts:
                 k, v = (x[keys] for x in self._keys[group])
             else:
                 k, v = self._kv.read(core.layer_index, batch, heads=part.kv_heads)
+                options["scales"] = self._kv.scales(core.layer_index, heads=part.kv_heads)
             rows = q[row : row + batch.num_tokens]
             outs.append(attention(rows, k, v, batch, **options)[0])
             row += batch.num_tokens

@@ -342,7 +342,7 @@ class UlyssesAttention(nn.Module):
                 "use `QShipDecodeAttention`, or move them by `stripes_to_heads`"
             )
         pages, _ = kv.layer(self.layer_index)
-        wanted, got = (self.num_kv_heads, self.head_dim, qkv.dtype), (*pages.shape[2:], pages.dtype)
+        wanted, got = (self.num_kv_heads, self.head_dim, qkv.dtype), (*pages.shape[2:], kv.dtype)
         if wanted != got:
             raise ValueError(
                 f"`kv` must hold this rank's KV heads {wanted} (heads, head_dim, dtype; `heads.kv_ranges` has those of "
@@ -393,6 +393,7 @@ class UlyssesAttention(nn.Module):
             return attention(q, k, v, (tail or batch).without_cache, **options)[0]
         assert kv is not None, "`_check_step` refuses cached tokens without a cache"
         k, v = kv.read(self.layer_index, batch)
+        options["scales"] = kv.scales(self.layer_index)
         return attention(q, k, v, batch if tail is None else tail.batch, **options)[0]
 
 

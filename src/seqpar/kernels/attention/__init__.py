@@ -8,9 +8,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from seqpar.kernels.attention import pytorch, reference
-from seqpar.kernels.dispatch import Backend, choose_backend, unknown_backend, wants_grad
+from seqpar.kernels.attention import named, pytorch, reference, varlen
+from seqpar.kernels.dispatch import Backend, NamedBackend, choose_backend, unknown_backend, wants_grad
 from seqpar.kernels.merge.sinks import check_sinks
+from seqpar.kernels.rows import FP8, Scales
+from seqpar.kernels.rows.fp8 import decode
 from seqpar.ragged import RaggedBatch
 
 __all__ = ["attention"]
@@ -26,8 +28,9 @@ def attention(
     window: int | None = None,
     kv_head_of: tuple[int, ...] | None = None,
     sinks: Float[Tensor, " h"] | None = None,
+    scales: Scales | None = None,
     deterministic: bool = False,
-    backend: Backend = "auto",
+    backend: Backend | NamedBackend = "auto",
 ) -> tuple[Float[Tensor, "t h d"], Float[Tensor, "t h"]]:
     """What each new token gathers from the keys of its request that it may see, and the mass it saw.
 
@@ -51,29 +54,43 @@ def attention(
             is none. They cost a pass over `out` each way and no further call of an operator (20 us of a decode on
             one Xeon core, November 2026); only on CUDA in half precision does training with them run on the
             memory-efficient operator instead of FlashAttention.
+        scales: Those of keys and values that are stored in 8 bits (`PagedKV.scales`), which are then float8_e4m3fn; of
+            those that are read the bits are the same with every backend. "torch" makes a copy of all that are read;
+            "triton" takes bfloat16 and float16 queries with a head_dim of at most 128.
         deterministic: On a CPU, compute a request's new tokens in blocks of 64, so that chunks cut at multiples of 64
             give the bits of all at once (`is_cut_invariant`). Prompts of 512 and 2048 tokens take 0.8 and 1.25 times
             as long as otherwise (16 / 4 heads of 64; one Xeon core, November 2026). With backend="triton" prompts are
             so in any case; decodes have their keys split every 1024, not as suits the batch, and then do not depend on
             other requests.
         backend: "torch" (fused operators), "triton" (on a GPU, without gradients), "reference" (the definition), or
-            "auto", see `choose_backend`: of the first two the one for the device, "torch" where a gradient is wanted.
+            "auto", see `choose_backend`: of the first two the one for the device, "torch" where a gradient is wanted;
+            "flashinfer" or "flash_attn" where that package is installed (on a GPU, without gradients).
 
     Raises:
-        ValueError: shapes, dtypes, devices, the window, the head map or the sinks contradict each other; with
+        ValueError: shapes, dtypes, devices, the window, the head map or the sinks contradict each other; a batch whose
+            lengths are the device's (`RaggedBatch.decodes`) with another backend than "triton"; with
             "triton", what its kernels do not take: another dtype than float32, bfloat16 and float16, a head_dim above
-            256 or that is no multiple of 16 bytes, rows that are not aligned to as many, pages that are not there.
+            256 or that is no multiple of 16 bytes, rows that are not aligned to as many, pages that are not there;
+            with a named package, that it is not installed, and what it does not take.
     """
-    key = ("attention", q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, window, kv_head_of)
+    wide = k.dtype if scales is None else q.dtype
+    key = ("attention", q.shape, k.shape, v.shape, q.dtype, wide, v.dtype, q.device, k.device, window, kv_head_of)
     heads: tuple[int, ...] | None = batch.plans.get(key)
     if heads is None:
-        heads = batch.plans[key] = _check(q, k, v, batch, window, kv_head_of)
+        heads = batch.plans[key] = _check(q, k, v, batch, window, kv_head_of, scales is not None)
+    if scales is not None:
+        _check_scales(k, v, scales)
     if sinks is not None:
         check_sinks(sinks, q)
     grad = wants_grad(q, k, v, *(() if sinks is None else (sinks,)))
     if backend == "auto":
         backend = choose_backend("attention", q.device, q.dtype)
-        backend = "torch" if grad and backend == "triton" else backend
+        if backend == "triton" and (grad or (scales is not None and not _triton_reads_scales(q))):
+            backend = "torch"
+    if not batch.exact and backend != "triton":
+        raise ValueError(
+            f'`batch` must have lengths that the host knows for backend="{backend}"; "triton" reads others'
+        )
     if not heads or not batch.num_tokens:
         return _nothing(q, k, v, sinks)
     scale = q.shape[2] ** -0.5 if softmax_scale is None else softmax_scale
@@ -81,13 +98,51 @@ def attention(
     if backend == "triton":
         from seqpar.kernels.attention import launch
 
-        launch.check(q, k, v, batch, softmax_scale=scale, grad=grad)
-        return launch.attention(q, k, v, batch, deterministic=deterministic, **options)
+        launch.check(q, k, v, batch, softmax_scale=scale, grad=grad, encoded=scales is not None)
+        return launch.attention(q, k, v, batch, scales=scales, deterministic=deterministic, **options)
+    if scales is not None and backend in ("torch", "reference"):
+        k, v, batch = _decoded(k, v, scales, batch, q.dtype)
     if backend == "torch":
         return pytorch.attention(q, k, v, batch, deterministic=deterministic, **options)
     if backend == "reference":
         return reference.attention(q, k, v, batch, **options)
-    raise unknown_backend(backend, "triton")
+    if backend == "flashinfer" or backend == "flash_attn":
+        named.check(backend, q, k, v, batch, grad=grad, deterministic=deterministic, encoded=scales is not None)
+        return named.attention(backend, q, k, v, batch, **options)
+    raise unknown_backend(backend, "triton", *named.NAMED)
+
+
+def _triton_reads_scales(q: Tensor) -> bool:
+    """Whether the Triton kernels take these queries over keys in 8 bits."""
+    from seqpar.kernels.attention.triton import takes_scales
+
+    return takes_scales(q.shape[2], q.itemsize)
+
+
+def _check_scales(k: Tensor, v: Tensor, scales: Scales) -> None:
+    if k.dtype != FP8 or v.dtype != FP8:
+        raise ValueError(f"`k` and `v` must be {FP8} with `scales`, got {k.dtype} and {v.dtype}")
+    if any(x.shape != k.shape[:-1] or x.dtype != torch.uint8 or x.device != k.device for x in scales):
+        raise ValueError(
+            f"`scales` must be two of {list(k.shape[:-1])} in torch.uint8 on {k.device}, got "
+            f"{[list(x.shape) for x in scales]} in {[x.dtype for x in scales]} on {[str(x.device) for x in scales]}"
+        )
+
+
+def _decoded(
+    k: Tensor, v: Tensor, scales: Scales, batch: RaggedBatch, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, RaggedBatch]:
+    """The keys and values of a batch in a dtype, one request after another, and the batch that they belong to."""
+    if not batch.has_cache:
+        return decode(k, scales[0], dtype), decode(v, scales[1], dtype), batch
+    addresses = varlen.key_addresses(batch)
+    flat: RaggedBatch | None = batch.plans.get("attention.flat")
+    if flat is None:
+        flat = RaggedBatch.build(batch.q_lens, batch.kv_lens, positions=batch.positions, device=batch.device)
+        batch.plans["attention.flat"] = flat
+    codes = (x.view(torch.uint8).flatten(0, 1)[addresses].view(FP8) for x in (k, v))
+    keys, values = (decode(x, scale.flatten(0, 1)[addresses], dtype) for x, scale in zip(codes, scales, strict=True))
+    return keys, values, flat
 
 
 def _nothing(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -97,7 +152,13 @@ def _nothing(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> tuple[Ten
 
 
 def _check(
-    q: Tensor, k: Tensor, v: Tensor, batch: RaggedBatch, window: int | None, kv_head_of: tuple[int, ...] | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    batch: RaggedBatch,
+    window: int | None,
+    kv_head_of: tuple[int, ...] | None,
+    encoded: bool,
 ) -> tuple[int, ...]:
     """The KV head of each query head, once everything fits together."""
     if q.dim() != 3 or len(q) != batch.num_tokens:
@@ -110,7 +171,7 @@ def _check(
         raise ValueError(f"`k` must be [{batch.kv_starts[-1]} keys, kv_heads, head_dim], got {list(k.shape)}")
     if k.shape[-1] != q.shape[2] or q.shape[2] == 0:
         raise ValueError(f"`k` must have the head_dim of `q` ({q.shape[2]}), at least 1, got {k.shape[-1]}")
-    if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
+    if not (encoded or q.dtype == k.dtype == v.dtype) or not q.is_floating_point():
         raise ValueError(f"`q`, `k`, `v` must have one floating dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
     if not q.device == k.device == v.device:
         raise ValueError(f"`q`, `k`, `v` must be on one device, got {q.device}, {k.device}, {v.device}")

@@ -17,12 +17,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from seqpar.kernels.attention.plan import HeadRun, head_runs, make_tiles
-from seqpar.kernels.attention.triton import PLACED_ROWS, arch_of, attention_into
+from seqpar.kernels.attention.triton import PLACED_ROWS, arch_of, attention_into, narrowed, takes_scales
 from seqpar.kernels.attention.triton import config_of as tile_config
 from seqpar.kernels.decode import MAX_QUERIES, SPLIT_KEYS, split_count
 from seqpar.kernels.decode.triton import config_of as decode_config
 from seqpar.kernels.decode.triton import decode_into
 from seqpar.kernels.dispatch import refuse_dtype
+from seqpar.kernels.rows import Scales
 from seqpar.ragged import RaggedBatch
 
 __all__ = ["attention", "check", "check_heads", "placed_attention"]
@@ -58,6 +59,7 @@ def attention(
     window: int | None,
     kv_head_of: tuple[int, ...],
     sinks: Float[Tensor, " h"] | None = None,
+    scales: Scales | None = None,
     deterministic: bool = False,
 ) -> tuple[Float[Tensor, "t h d"], Float[Tensor, "t h"]]:
     """`seqpar.kernels.attention.reference`, without gradients; arguments that `check` has passed."""
@@ -66,15 +68,17 @@ def attention(
         heads, kv_heads = slice(run.q_start, run.q_stop), slice(run.kv_start, run.kv_stop)
         parts = out[:, heads], lse[:, heads], q[:, heads], k[..., kv_heads, :], v[..., kv_heads, :]
         added = None if sinks is None else sinks[heads]
-        tiles, decodes = _plan(q, batch, run, window, deterministic)
+        own = (None, None) if scales is None else tuple(x[..., kv_heads] for x in scales)
+        tiles, decodes = _plan(q, batch, run, window, deterministic, scales is not None)
         if decodes is not None:
             those = decodes.requests, decodes.rows, batch.cu_q, batch.cu_kv, batch.page_table
             split_keys = SPLIT_KEYS if deterministic else 0
-            rule = softmax_scale, window or 0, decodes.splits, split_keys, list(decodes.config)
-            decode_into(*parts, *those, added, *rule)
+            split = decodes.splits, split_keys, list(decodes.config)
+            decode_into(*parts, *those, added, *own, softmax_scale, window or 0, *split)
         if tiles is not None:
             where = tiles.tiles, batch.cu_q, batch.cu_kv, batch.page_table
-            attention_into(*parts, *where, None, None, added, softmax_scale, window or 0, list(tiles.config))
+            rule = softmax_scale, window or 0, list(tiles.config)
+            attention_into(*parts, *where, None, None, added, *own, *rule)
     return out, lse
 
 
@@ -97,35 +101,43 @@ def placed_attention(
     for run in runs if asking else ():
         heads, kv_heads = slice(run.q_start, run.q_stop), slice(run.kv_start, run.kv_stop)
         ratio = (run.q_stop - run.q_start) // (run.kv_stop - run.kv_start)
-        tiles = _tiles(q, q_lens, kv_lens, asking, ratio, PLACED_ROWS)
+        tiles = _tiles(q, q_lens, kv_lens, asking, ratio, PLACED_ROWS, False)
         parts = out[:, heads], lse[:, heads], q[:, heads], k[:, kv_heads], v[:, kv_heads]
         where = tiles.tiles, *starts, tiles.tiles
-        attention_into(*parts, *where, own, others, None, softmax_scale, window or 0, list(tiles.config))
+        rule = softmax_scale, window or 0, list(tiles.config)
+        attention_into(*parts, *where, own, others, None, None, None, *rule)
     return out, lse
 
 
 def _plan(
-    q: Tensor, batch: RaggedBatch, run: HeadRun, window: int | None, deterministic: bool
+    q: Tensor, batch: RaggedBatch, run: HeadRun, window: int | None, deterministic: bool, scaled: bool
 ) -> tuple[_Tiles | None, _Decodes | None]:
     kv_heads = run.kv_stop - run.kv_start
     ratio = (run.q_stop - run.q_start) // kv_heads
-    key = ("attention.triton", q.shape[2], q.itemsize, q.device, ratio, kv_heads, window, deterministic)
+    key = ("attention.triton", q.shape[2], q.itemsize, q.device, ratio, kv_heads, window, deterministic, scaled)
     plan: tuple[_Tiles | None, _Decodes | None] | None = batch.plans.get(key)
     if plan is None:
         few = [r for r, new in enumerate(batch.q_lens) if 0 < new <= MAX_QUERIES]
         many = [r for r, new in enumerate(batch.q_lens) if new > MAX_QUERIES]
         with torch.inference_mode(False):
-            decodes = _decodes(q, batch, few, ratio, kv_heads, window, deterministic) if few else None
+            decodes = _decodes(q, batch, few, ratio, kv_heads, window, deterministic, scaled) if few else None
             rows = max((batch.q_lens[r] for r in many), default=0) * ratio
-            tiles = _tiles(q, batch.q_lens, batch.kv_lens, many, ratio, rows) if many else None
+            tiles = _tiles(q, batch.q_lens, batch.kv_lens, many, ratio, rows, scaled) if many else None
             plan = batch.plans[key] = tiles, decodes
     return plan
 
 
 def _tiles(
-    q: Tensor, q_lens: Sequence[int], kv_lens: Sequence[int], requests: Sequence[int], ratio: int, rows: int
+    q: Tensor,
+    q_lens: Sequence[int],
+    kv_lens: Sequence[int],
+    requests: Sequence[int],
+    ratio: int,
+    rows: int,
+    scaled: bool,
 ) -> _Tiles:
     config = tile_config(q.shape[2], q.itemsize, rows, arch_of(q.device))
+    config = narrowed(config) if scaled else config
     return _Tiles(_on_device(make_tiles(q_lens, kv_lens, requests, ratio, config.rows), q), tuple(config))
 
 
@@ -137,9 +149,11 @@ def _decodes(
     kv_heads: int,
     window: int | None,
     deterministic: bool,
+    scaled: bool,
 ) -> _Decodes:
     queries = max(batch.q_lens[r] for r in requests)
     config = decode_config(q.shape[2], q.itemsize, queries * ratio, arch_of(q.device))
+    config = narrowed(config) if scaled else config
     longest = max(batch.kv_lens[r] for r in requests)
     if deterministic:
         splits = -(-longest // SPLIT_KEYS)
@@ -161,9 +175,16 @@ def _slots(device: torch.device) -> int:
     return 2 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
 
 
-def check(q: Tensor, k: Tensor, v: Tensor, batch: RaggedBatch, *, softmax_scale: float, grad: bool) -> None:
+def check(
+    q: Tensor, k: Tensor, v: Tensor, batch: RaggedBatch, *, softmax_scale: float, grad: bool, encoded: bool
+) -> None:
     """Raise ValueError for what the kernels do not take, and another backend does."""
     check_heads(q, k, v, softmax_scale=softmax_scale)
+    if encoded and not takes_scales(q.shape[2], q.itemsize):
+        raise ValueError(
+            '`q` must be bfloat16 or float16 with a head_dim of at most 128 over keys in 8 bits for backend="triton", '
+            f'got {q.dtype} and {q.shape[2]}; backend="torch" takes it'
+        )
     if grad:
         raise ValueError(
             '`q`, `k`, `v` and `sinks` must need no gradient for backend="triton", got one that does; '
@@ -171,7 +192,7 @@ def check(q: Tensor, k: Tensor, v: Tensor, batch: RaggedBatch, *, softmax_scale:
         )
     if batch.device != q.device:
         raise ValueError(f"`batch` must be on the device of `q` ({q.device}), got {batch.device}; use `batch.to`")
-    if batch.has_cache and not 0 <= _last_page(batch) < max(len(k), 1):
+    if batch.has_cache and batch.exact and not 0 <= _last_page(batch) < max(len(k), 1):
         raise ValueError(f"`batch` must have pages of the {len(k)} that `k` has, got page {_last_page(batch)}")
 
 
@@ -187,7 +208,7 @@ def _last_page(batch: RaggedBatch) -> int:
 def check_heads(q: Tensor, k: Tensor, v: Tensor, *, softmax_scale: float) -> None:
     """Raise ValueError unless heads are of a size, a dtype and at places that the kernels read."""
     refuse_dtype("q", q.dtype)
-    dim, vector = q.shape[2], BYTES // q.itemsize
+    dim, vector = q.shape[2], BYTES // min(q.itemsize, k.itemsize)
     if dim % vector or not BYTES <= dim <= MOST_DIM:
         raise ValueError(
             f"`q` must have a head_dim that is a multiple of {vector}, from {BYTES} to {MOST_DIM}, for "
@@ -198,12 +219,13 @@ def check_heads(q: Tensor, k: Tensor, v: Tensor, *, softmax_scale: float) -> Non
             f'`softmax_scale` must be positive for backend="triton", got {softmax_scale}; backend="torch" takes it'
         )
     for name, x in (("q", q), ("k", k), ("v", v)):
+        vector = BYTES // x.itemsize
         if x.numel() and (x.stride(-1) != 1 or any(stride % vector for stride in x.stride()[:-1])):
             raise ValueError(
                 f"`{name}` must have unit stride in head_dim and others that are multiples of {vector}, for "
                 f'backend="triton", got {list(x.stride())}; backend="torch" takes it'
             )
-        if x.data_ptr() % BYTES:
+        if not torch.compiler.is_compiling() and x.data_ptr() % BYTES:  # what is traced has no address yet
             raise ValueError(
                 f'`{name}` must start at a multiple of {BYTES} bytes for backend="triton", got {x.data_ptr()}; '
                 'backend="torch" takes it'

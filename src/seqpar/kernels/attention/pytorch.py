@@ -137,13 +137,13 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, group: Group, run: HeadRun, call: _
     ratio = (run.q_stop - run.q_start) // (run.kv_stop - run.kv_start)
     k, v, sinks = _keys(k, group, run), _keys(v, group, run), call.sinks_of(run)
     token, head, _ = q.stride()
-    at = q.storage_offset() + group.row * token + run.q_start * head
     if group.q_len == 1:  # the query heads of a KV head are the rows
         shape, strides = (group.requests, k.shape[1], ratio, q.shape[2]), (token, ratio * head, head, 1)
-        out, lse = _fused(q.as_strided(shape, strides, at), k, v, call.scale, sinks=_packed(sinks, k))
+        rows = _from(q, group.row, run.q_start, shape, strides)
+        out, lse = _fused(rows, k, v, call.scale, sinks=_packed(sinks, k))
         return out.reshape(group.requests, -1, q.shape[2]), lse.reshape(group.requests, -1)
     shape = (group.requests, run.q_stop - run.q_start, group.q_len, q.shape[2])
-    q = q.as_strided(shape, (group.q_len * token, head, token, 1), at)
+    q = _from(q, group.row, run.q_start, shape, (group.q_len * token, head, token, 1))
     hidden = call.window is not None and call.window < group.kv_len
     if hidden or call.deterministic or (group.prefix and call.grad):
         out, lse = _band(q, k, v, group.prefix, call, sinks)
@@ -159,9 +159,20 @@ def _keys(x: Tensor, group: Group, run: HeadRun) -> Tensor:
     if group.pages:
         x = x[list(group.pages)]
     token, head, _ = x.stride()[-3:]
-    at = x.storage_offset() + group.start * token + run.kv_start * head
     shape = (group.requests, run.kv_stop - run.kv_start, group.kv_len, x.shape[-1])
-    return x.as_strided(shape, (group.stride * token, head, token, 1), at)
+    return _from(x, group.start, run.kv_start, shape, (group.stride * token, head, token, 1))
+
+
+def _from(x: Tensor, token: int, head: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> Tensor:
+    """A view of rows [n, h, d], or of pages of them, from a token and a head on.
+
+    What is traced has no storage offset to ask for, and takes a view of a slice.
+    """
+    if torch.compiler.is_compiling():
+        flat = x if x.dim() == 3 else x.flatten(0, 1)
+        return flat[token:, head:].as_strided(shape, strides)
+    at = x.storage_offset() + token * x.stride(-3) + head * x.stride(-2)
+    return x.as_strided(shape, strides, at)
 
 
 def _chunk(q: Tensor, k: Tensor, v: Tensor, prefix: int, scale: float) -> Partial:

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
-from jaxtyping import Float, Int32
+from jaxtyping import Float, Int32, UInt8
 from torch import Tensor
 
 from seqpar.kernels.dispatch import kernel_op
@@ -39,10 +39,18 @@ __all__ = [
     "config_of",
     "finish",
     "fold_runs",
+    "hidden_out",
     "load_block",
+    "load_rows",
+    "memory_of",
+    "narrowed",
     "precision",
+    "rows_of",
+    "store_rows",
+    "takes_scales",
     "variant",
     "variants",
+    "weigh_scores",
 ]
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -87,6 +95,16 @@ def config_of(dim: int, itemsize: int, rows: int, arch: int) -> Config:
     return next((config for config in latest if config.rows <= rows), latest[-1])
 
 
+def takes_scales(dim: int, itemsize: int) -> bool:
+    """Whether queries of such heads attend to keys in 8 bits: in the tiles of all others registers would spill."""
+    return itemsize == 2 and dim <= 128
+
+
+def narrowed(config: Config) -> Config:
+    """The tile for keys in 8 bits: half as many at a time, since on their way to a product they are in registers."""
+    return config._replace(keys=max(16, config.keys // 2))
+
+
 @triton.jit
 def _places(
     n: int,
@@ -117,13 +135,61 @@ def load_block(
 ) -> tl.tensor:
     """A block of keys or values; what is not there is zero, since even an unseen value must be a number."""
     if MASKED and PADDED:
-        return tl.load(at, mask=keys & dims, other=0.0)
+        return tl.load(at, mask=keys & dims, other=0)
     elif MASKED:
-        return tl.load(at, mask=keys, other=0.0)
+        return tl.load(at, mask=keys, other=0)
     elif PADDED:
-        return tl.load(at, mask=dims, other=0.0)
+        return tl.load(at, mask=dims, other=0)
     else:
         return tl.load(at)
+
+
+@triton.jit
+def _load_scales(at: tl.tensor, there: tl.tensor, MASKED: tl.constexpr) -> tl.tensor:
+    """The scales of a block of keys or values in 8 bits, times 256 for `_widened`; NaN for those of no numbers."""
+    if MASKED:
+        exponent = tl.load(at, mask=there, other=127).to(tl.int32)
+    else:
+        exponent = tl.load(at).to(tl.int32)
+    return tl.where(exponent == 255, float("nan"), (exponent + 8 << 23).to(tl.float32, bitcast=True))
+
+
+@triton.jit
+def _widened(codes: tl.tensor, scales: tl.tensor, like: tl.tensor) -> tl.tensor:
+    """8-bit floats times scales that broadcast, exact in the dtype of `like`; float16 counts exponents from 8 lower."""
+    bits = codes.to(tl.int32)
+    half = (((bits & 0x80) << 8) | ((bits & 0x7F) << 7)).to(tl.int16).to(tl.float16, bitcast=True)
+    return (half.to(tl.float32) * scales).to(like.dtype)
+
+
+@triton.jit
+def hidden_out(
+    score: tl.tensor,
+    there: tl.tensor,
+    key_positions: tl.tensor,
+    positions: tl.tensor,
+    window: int,
+    WINDOWED: tl.constexpr,
+) -> tl.tensor:
+    """Scores, -inf where a row does not see a key: one that is not there, after its own position, before its window."""
+    seen = there[None, :] & (key_positions[None, :] <= positions[:, None])
+    if WINDOWED:
+        seen = seen & (key_positions[None, :] > positions[:, None] - window)
+    return tl.where(seen, score, float("-inf"))
+
+
+@triton.jit
+def weigh_scores(
+    score: tl.tensor, total: tl.tensor, top: tl.tensor, scale: float, MASKED: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+    """The weights of a block, what older sums are to be multiplied by, the new total, and the new maximum."""
+    highest = tl.maximum(top, tl.max(score, 1) * scale)
+    shift = highest
+    if MASKED:
+        shift = tl.where(highest == float("-inf"), 0.0, highest)
+    weight = tl.exp2(score * scale - shift[:, None])
+    keep = tl.exp2(top - shift)
+    return weight, keep, total * keep + tl.sum(weight, 1), highest
 
 
 @triton.jit
@@ -135,17 +201,9 @@ def _fold_keys(
     positions: tl.tensor,
     start: tl.tensor,
     stop: tl.tensor,
-    k: tl.tensor,
-    v: tl.tensor,
-    pages: tl.tensor,
-    key_positions: tl.tensor,
-    first: tl.tensor,
+    memory: tl.tuple,
     scale: float,
     window: int,
-    k_page: int,
-    k_token: int,
-    v_page: int,
-    v_token: int,
     DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -153,9 +211,11 @@ def _fold_keys(
     MASKED: tl.constexpr,
     WINDOWED: tl.constexpr,
     PLACED: tl.constexpr,
+    SCALED: tl.constexpr,
     PRECISION: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
     """The sums with keys [start, stop) in them; BLOCK_N divides `start`, and if not MASKED `stop` too."""
+    k, v, k_scales, v_scales, pages, key_positions, first, k_page, k_token, v_page, v_token, s_page, s_token = memory
     dims = tl.arange(0, BLOCK_D)
     PADDED: tl.constexpr = DIM != BLOCK_D
     for n in range(start, stop, BLOCK_N):
@@ -169,22 +229,15 @@ def _fold_keys(
             MASKED,
             PADDED,
         )
+        if SCALED:
+            keys = _widened(keys, _load_scales(k_scales + page * s_page + slot * s_token, there, MASKED)[None, :], q)
         score = tl.dot(q, keys, input_precision=PRECISION)
         if MASKED:
             position = index
             if PLACED:
                 position = tl.load(key_positions + index, mask=there, other=0)
-            seen = there[None, :] & (position[None, :] <= positions[:, None])
-            if WINDOWED:
-                seen = seen & (position[None, :] > positions[:, None] - window)
-            score = tl.where(seen, score, float("-inf"))
-        highest = tl.maximum(top, tl.max(score, 1) * scale)
-        shift = highest
-        if MASKED:
-            shift = tl.where(highest == float("-inf"), 0.0, highest)
-        weight = tl.exp2(score * scale - shift[:, None])
-        keep = tl.exp2(top - shift)
-        total = total * keep + tl.sum(weight, 1)
+            score = hidden_out(score, there, position, positions, window, WINDOWED)
+        weight, keep, total, top = weigh_scores(score, total, top, scale, MASKED)
         acc = acc * keep[:, None]
         values = load_block(
             v + (page * v_page + slot * v_token)[:, None] + dims[None, :],
@@ -193,8 +246,11 @@ def _fold_keys(
             MASKED,
             PADDED,
         )
+        if SCALED:
+            values = _widened(
+                values, _load_scales(v_scales + page * s_page + slot * s_token, there, MASKED)[:, None], q
+            )
         acc = tl.dot(weight.to(values.dtype), values, acc, input_precision=PRECISION)
-        top = highest
     return acc, total, top
 
 
@@ -206,17 +262,9 @@ def fold_runs(
     full_start: tl.tensor,
     full_stop: tl.tensor,
     stop: tl.tensor,
-    k: tl.tensor,
-    v: tl.tensor,
-    pages: tl.tensor,
-    key_positions: tl.tensor,
-    first: tl.tensor,
+    memory: tl.tuple,
     scale: float,
     window: int,
-    k_page: int,
-    k_token: int,
-    v_page: int,
-    v_token: int,
     DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -224,9 +272,14 @@ def fold_runs(
     PAGE: tl.constexpr,
     WINDOWED: tl.constexpr,
     PLACED: tl.constexpr,
+    SCALED: tl.constexpr,
     PRECISION: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """What rows gather from keys [start, stop), of which each sees [full_start, full_stop); BLOCK_N divides `start`."""
+    """What rows gather from keys [start, stop), of which each sees [full_start, full_stop); BLOCK_N divides `start`.
+
+    Where keys lie is `memory`: k, v, k_scales, v_scales, pages, key_positions, first, and the strides k_page, k_token,
+    v_page, v_token, s_page, s_token in elements.
+    """
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -237,18 +290,63 @@ def fold_runs(
     there = tl.maximum(here, full_stop // BLOCK_N * BLOCK_N)
     if WINDOWED:
         acc, total, top = _fold_keys(
-            acc, total, top, q, positions, start, tl.minimum(here, stop), k, v, pages, key_positions, first, scale,
-            window, k_page, k_token, v_page, v_token, DIM, BLOCK_D, BLOCK_N, PAGE, True, True, PLACED, PRECISION,
+            acc, total, top, q, positions, start, tl.minimum(here, stop), memory, scale, window,
+            DIM, BLOCK_D, BLOCK_N, PAGE, True, True, PLACED, SCALED, PRECISION,
         )  # fmt: skip
     acc, total, top = _fold_keys(
-        acc, total, top, q, positions, here, there, k, v, pages, key_positions, first, scale,
-        window, k_page, k_token, v_page, v_token, DIM, BLOCK_D, BLOCK_N, PAGE, False, WINDOWED, PLACED, PRECISION,
+        acc, total, top, q, positions, here, there, memory, scale, window,
+        DIM, BLOCK_D, BLOCK_N, PAGE, False, WINDOWED, PLACED, SCALED, PRECISION,
     )  # fmt: skip
     acc, total, top = _fold_keys(
-        acc, total, top, q, positions, there, stop, k, v, pages, key_positions, first, scale,
-        window, k_page, k_token, v_page, v_token, DIM, BLOCK_D, BLOCK_N, PAGE, True, WINDOWED, PLACED, PRECISION,
+        acc, total, top, q, positions, there, stop, memory, scale, window,
+        DIM, BLOCK_D, BLOCK_N, PAGE, True, WINDOWED, PLACED, SCALED, PRECISION,
     )  # fmt: skip
     return acc, total, top
+
+
+@triton.jit
+def rows_of(
+    first: tl.tensor, kv_head: tl.tensor, q_len: tl.tensor, RATIO: tl.constexpr, BLOCK_M: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """Token and head of a tile's rows from row `first` on, and which of them there are."""
+    row = first + tl.arange(0, BLOCK_M)
+    token = row // RATIO
+    return token, kv_head * RATIO + row % RATIO, token < q_len
+
+
+@triton.jit
+def load_rows(
+    q: tl.tensor,
+    token: tl.tensor,
+    head: tl.tensor,
+    inside: tl.tensor,
+    q_token: tl.tensor,
+    q_head: tl.tensor,
+    DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+) -> tl.tensor:
+    """The queries of a tile, zeros where there are none; strides in elements."""
+    dims = tl.arange(0, BLOCK_D)
+    at = token.to(tl.int64) * q_token + head * q_head
+    return tl.load(q + at[:, None] + dims[None, :], mask=inside[:, None] & (dims < DIM)[None, :], other=0.0)
+
+
+@triton.jit
+def store_rows(
+    out: tl.tensor,
+    lse: tl.tensor,
+    place: tl.tensor,
+    result: tl.tensor,
+    mass: tl.tensor,
+    inside: tl.tensor,
+    DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+) -> None:
+    """A tile's rows of `out` and `lse`, which are `place` rows of a head from the first one."""
+    dims = tl.arange(0, BLOCK_D)
+    stored = inside[:, None] & (dims < DIM)[None, :]
+    tl.store(out + place[:, None] * DIM + dims[None, :], result.to(out.dtype.element_ty), mask=stored)
+    tl.store(lse + place, mass, mask=inside)
 
 
 @triton.jit
@@ -297,6 +395,8 @@ def attention_kernel(
     q_positions: tl.tensor,
     k_positions: tl.tensor,
     sinks: tl.tensor,
+    k_scales: tl.tensor,
+    v_scales: tl.tensor,
     scale: float,
     window: int,
     table_row: int,
@@ -308,10 +408,14 @@ def attention_kernel(
     v_page: int,
     v_token: int,
     v_head: int,
+    s_page: int,
+    s_token: int,
+    s_head: int,
     out_heads: int,
     RATIO: tl.constexpr,
     DIM: tl.constexpr,
     VEC: tl.constexpr,
+    KV_VEC: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -319,9 +423,10 @@ def attention_kernel(
     WINDOWED: tl.constexpr,
     PLACED: tl.constexpr,
     SINKS: tl.constexpr,
+    SCALED: tl.constexpr,
     PRECISION: tl.constexpr,
 ) -> None:
-    """Tile (request, number of its rows) of one KV head; strides of q, k, v in units of VEC elements."""
+    """Tile (request, number of its rows) of one KV head; strides of q in units of VEC elements, k and v of KV_VEC."""
     request = tl.load(tiles + 2 * tl.program_id(0))
     tile = tl.load(tiles + 2 * tl.program_id(0) + 1)
     kv_head = tl.program_id(1)
@@ -330,14 +435,8 @@ def attention_kernel(
     kv_start = tl.load(cu_kv + request)
     kv_len = tl.load(cu_kv + request + 1) - kv_start
 
-    row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    token = row // RATIO
-    head = kv_head * RATIO + row % RATIO
-    inside = token < q_len
-    dims = tl.arange(0, BLOCK_D)
-    at = (q_start + token).to(tl.int64) * (q_token * VEC) + head * (q_head * VEC)
-    loaded = inside[:, None] & (dims < DIM)[None, :]
-    queries = tl.load(q + at[:, None] + dims[None, :], mask=loaded, other=0.0)
+    token, head, inside = rows_of(tile * BLOCK_M, kv_head, q_len, RATIO, BLOCK_M)
+    queries = load_rows(q, q_start + token, head, inside, q_token * VEC, q_head * VEC, DIM, BLOCK_D)
 
     begin = tile * BLOCK_M // RATIO
     end = tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // RATIO, q_len - 1)
@@ -361,16 +460,40 @@ def attention_kernel(
             start = tl.maximum(full_stop - window, 0)
             full_start = tl.maximum(stop - window, 0)
     start = start // BLOCK_N * BLOCK_N
+    memory = (
+        k + kv_head * (k_head * KV_VEC), v + kv_head * (v_head * KV_VEC), k_scales + kv_head * s_head,
+        v_scales + kv_head * s_head, table + request * table_row, keys_at, kv_start.to(tl.int64),
+        k_page * KV_VEC, k_token * KV_VEC, v_page * KV_VEC, v_token * KV_VEC, s_page, s_token,
+    )  # fmt: skip
     acc, total, top = fold_runs(
-        queries, positions, start, full_start, full_stop, stop,
-        k + kv_head * (k_head * VEC), v + kv_head * (v_head * VEC), table + request * table_row, keys_at,
-        kv_start.to(tl.int64), scale, window, k_page * VEC, k_token * VEC, v_page * VEC, v_token * VEC,
-        DIM, BLOCK_D, BLOCK_M, BLOCK_N, PAGE, WINDOWED, PLACED, PRECISION,
+        queries, positions, start, full_start, full_stop, stop, memory, scale, window,
+        DIM, BLOCK_D, BLOCK_M, BLOCK_N, PAGE, WINDOWED, PLACED, SCALED, PRECISION,
     )  # fmt: skip
     result, mass = finish(acc, total, top, sinks + head, inside, SINKS)
     place = (q_start + token).to(tl.int64) * out_heads + head
-    tl.store(out + place[:, None] * DIM + dims[None, :], result.to(out.dtype.element_ty), mask=loaded)
-    tl.store(lse + place, mass, mask=inside)
+    store_rows(out, lse, place, result, mass, inside, DIM, BLOCK_D)
+
+
+class Memory(NamedTuple):
+    """Where keys and values lie, as kernels are told: `strides` of page, token and head of k, of v, and of scales."""
+
+    k: Tensor
+    v: Tensor
+    k_scales: Tensor
+    v_scales: Tensor
+    strides: tuple[int, ...]
+    vec: int
+    scaled: bool
+
+
+def memory_of(k: Tensor, v: Tensor, k_scales: Tensor | None, v_scales: Tensor | None) -> Memory:
+    """Strides of k and v are in units of 16 bytes; without scales something stands in their place that is not read."""
+    vec = 16 // k.itemsize
+    strides = [x.stride(dim) // vec for x in (k, v) for dim in (0, -3, -2)]
+    if k_scales is None or v_scales is None:
+        return Memory(k, v, k, k, (*strides, 0, 0, 0), vec, False)
+    of_scales = (k_scales.stride(0), k_scales.stride(-2), k_scales.stride(-1))
+    return Memory(k.view(torch.uint8), v.view(torch.uint8), k_scales, v_scales, (*strides, *of_scales), vec, True)
 
 
 def _launch(
@@ -386,6 +509,8 @@ def _launch(
     q_positions: Int32[Tensor, " t"] | None,
     k_positions: Int32[Tensor, " keys"] | None,
     sinks: Float[Tensor, " h"] | None,
+    k_scales: UInt8[Tensor, "*keys g"] | None,
+    v_scales: UInt8[Tensor, "*keys g"] | None,
     scale: float,
     window: int,
     config: list[int],
@@ -394,10 +519,11 @@ def _launch(
     heads, dim = q.shape[1:]
     paged, vec = k.dim() == 4, 16 // q.itemsize
     placed = q_positions is not None
+    memory = memory_of(k, v, k_scales, v_scales)
     attention_kernel[(len(tiles), k.shape[-2])](
         q,
-        k,
-        v,
+        memory.k,
+        memory.v,
         out,
         lse,
         tiles,
@@ -407,21 +533,19 @@ def _launch(
         q_positions if placed else cu_q,
         k_positions if placed else cu_q,
         lse if sinks is None else sinks,
+        memory.k_scales,
+        memory.v_scales,
         scale * LOG2E.value,
         window,
         table.stride(0),
         q.stride(0) // vec,
         q.stride(1) // vec,
-        k.stride(0) // vec,
-        k.stride(-3) // vec,
-        k.stride(-2) // vec,
-        v.stride(0) // vec,
-        v.stride(-3) // vec,
-        v.stride(-2) // vec,
+        *memory.strides,
         out.stride(0) // dim,
         RATIO=heads // k.shape[-2],
         DIM=dim,
         VEC=vec,
+        KV_VEC=memory.vec,
         BLOCK_M=tile.rows,
         BLOCK_D=triton.next_power_of_2(dim),
         BLOCK_N=tile.keys,
@@ -429,6 +553,7 @@ def _launch(
         WINDOWED=window > 0,
         PLACED=placed,
         SINKS=sinks is not None,
+        SCALED=memory.scaled,
         PRECISION=precision(q.dtype, dim),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
@@ -451,8 +576,8 @@ def precision(dtype: torch.dtype, dim: int) -> str:
 
 attention_into = kernel_op(
     "attention(Tensor(a!) out, Tensor(b!) lse, Tensor q, Tensor k, Tensor v, Tensor tiles, Tensor cu_q, Tensor cu_kv, "
-    "Tensor table, Tensor? q_positions, Tensor? k_positions, Tensor? sinks, float scale, int window, int[] config) "
-    "-> ()",
+    "Tensor table, Tensor? q_positions, Tensor? k_positions, Tensor? sinks, Tensor? k_scales, Tensor? v_scales, "
+    "float scale, int window, int[] config) -> ()",
     _launch,
     fake=lambda *args: None,
     mutates=("out", "lse"),
@@ -462,14 +587,17 @@ attention_into = kernel_op(
 
 def variants() -> Iterator[tuple[Any, ...]]:
     """Every configuration at its most demanding, and the others of the commonest; see `seqpar.kernels.targets`."""
-    most = {"WINDOWED": True, "PLACED": False, "SINKS": True}
+    most = {"WINDOWED": True, "PLACED": False, "SINKS": True, "SCALED": False}
     for config in CONFIGS:
         name = "fp32" if config.itemsize == 4 else "bf16"
         uses = [("pages of 16, window, sinks", 16, most)]
+        if takes_scales(config.dim, config.itemsize):
+            uses.append(("8 bits in pages of 16, window", 16, most | {"SCALED": True}))
         if config == config_of(128, 2, PLACED_ROWS, 90):
             uses += [("placed", 0, most | {"PLACED": True}), ("flat", 0, {**most, "WINDOWED": False, "SINKS": False})]
         for use, page, flags in uses:
-            yield variant(attention_kernel, f"{name} {use}", name, config, page, {"RATIO": 4, **flags})
+            tile = narrowed(config) if flags["SCALED"] else config
+            yield variant(attention_kernel, f"{name} {use}", name, tile, page, {"RATIO": 4, **flags})
 
 
 def variant(
@@ -479,6 +607,12 @@ def variant(
     pointers = dict.fromkeys(("q", "k", "v", "out"), dtype) | {"lse": "fp32", "sinks": "fp32"}
     pointers |= dict.fromkeys(("tiles", "bounds", "listed", "requests", "cu_q", "cu_kv", "table"), "i32")
     pointers |= dict.fromkeys(("q_positions", "k_positions"), "i32")
+    scaled = constexprs.get("SCALED", False)
+    pointers |= dict.fromkeys(("k_scales", "v_scales"), "u8" if scaled else dtype)
+    if scaled:
+        pointers |= dict.fromkeys(("k", "v"), "u8")
+    if "SCALED" in constexprs:
+        constexprs = constexprs | {"KV_VEC": 16 if scaled else 16 // config.itemsize}
     constants = constexprs | {
         "DIM": config.dim,
         "VEC": 16 // config.itemsize,

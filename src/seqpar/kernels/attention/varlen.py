@@ -17,7 +17,7 @@ from torch import Tensor
 from seqpar.kernels.attention.plan import head_runs
 from seqpar.ragged import RaggedBatch
 
-__all__ = ["attention", "serves"]
+__all__ = ["attention", "key_addresses", "serves"]
 
 PAGE_MULTIPLE = 256
 """FlashAttention-2 reads pages in place only when their size is a multiple of this."""
@@ -47,7 +47,7 @@ def attention(
     if batch.has_cache and in_place and batch.page_size % PAGE_MULTIPLE == 0 and "block_table" in known:
         options |= {"block_table": batch.page_table, "seqused_k": batch.cu_kv.diff()}
     elif batch.has_cache:
-        addresses = _addresses(batch)
+        addresses = key_addresses(batch)
         k, v = (x.flatten(0, 1)[addresses] for x in (k, v))
     outs, lses = [], []
     for run in head_runs(kv_head_of):
@@ -75,7 +75,7 @@ def _options(operator: Callable[..., Any]) -> frozenset[str]:
     return frozenset(signature(operator).parameters)
 
 
-def _addresses(batch: RaggedBatch) -> Int64[Tensor, " keys"]:
+def key_addresses(batch: RaggedBatch) -> Int64[Tensor, " keys"]:
     """Flat cache address of every key of every request, request after request; worked out once per batch."""
     found: Tensor | None = batch.plans.get("attention.addresses")
     if found is None:

@@ -17,10 +17,23 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from jaxtyping import Float, Int32
+from jaxtyping import Float, Int32, UInt8
 from torch import Tensor
 
-from seqpar.kernels.attention.triton import LOG2E, Config, finish, fold_runs, precision, variant
+from seqpar.kernels.attention.triton import (
+    LOG2E,
+    Config,
+    finish,
+    fold_runs,
+    load_rows,
+    memory_of,
+    narrowed,
+    precision,
+    rows_of,
+    store_rows,
+    takes_scales,
+    variant,
+)
 from seqpar.kernels.dispatch import kernel_op
 from seqpar.kernels.merge.triton import merge_into
 
@@ -58,6 +71,8 @@ def decode_kernel(
     cu_kv: tl.tensor,
     table: tl.tensor,
     sinks: tl.tensor,
+    k_scales: tl.tensor,
+    v_scales: tl.tensor,
     scale: float,
     window: int,
     table_row: int,
@@ -71,10 +86,14 @@ def decode_kernel(
     v_page: int,
     v_token: int,
     v_head: int,
+    s_page: int,
+    s_token: int,
+    s_head: int,
     out_heads: int,
     RATIO: tl.constexpr,
     DIM: tl.constexpr,
     VEC: tl.constexpr,
+    KV_VEC: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -83,6 +102,7 @@ def decode_kernel(
     SINKS: tl.constexpr,
     PARTIAL: tl.constexpr,
     SPLIT_KEYS: tl.constexpr,
+    SCALED: tl.constexpr,
     PRECISION: tl.constexpr,
 ) -> None:
     """One part of one KV head of one of `requests`, of SPLIT_KEYS keys, or if that is 0 as long as the others.
@@ -98,10 +118,7 @@ def decode_kernel(
     kv_start = tl.load(cu_kv + request)
     kv_len = tl.load(cu_kv + request + 1) - kv_start
 
-    row = tl.arange(0, BLOCK_M)
-    token = row // RATIO
-    head = kv_head * RATIO + row % RATIO
-    inside = token < q_len
+    token, head, inside = rows_of(0, kv_head, q_len, RATIO, BLOCK_M)
     if PARTIAL:
         target = ((split * tl.num_programs(0) + place) * queries + token).to(tl.int64) * out_heads + head
     else:
@@ -126,19 +143,18 @@ def decode_kernel(
             tl.store(lse + target, tl.full([BLOCK_M], float("-inf"), tl.float32), mask=inside)
             return
 
-    dims = tl.arange(0, BLOCK_D)
-    at = (q_start + token).to(tl.int64) * (q_token * VEC) + head * (q_head * VEC)
-    loaded = inside[:, None] & (dims < DIM)[None, :]
-    rows = tl.load(q + at[:, None] + dims[None, :], mask=loaded, other=0.0)
+    rows = load_rows(q, q_start + token, head, inside, q_token * VEC, q_head * VEC, DIM, BLOCK_D)
+    memory = (
+        k + kv_head * (k_head * KV_VEC), v + kv_head * (v_head * KV_VEC), k_scales + kv_head * s_head,
+        v_scales + kv_head * s_head, table + request * table_row, table, kv_start.to(tl.int64),
+        k_page * KV_VEC, k_token * KV_VEC, v_page * KV_VEC, v_token * KV_VEC, s_page, s_token,
+    )  # fmt: skip
     acc, total, top = fold_runs(
-        rows, kv_len - q_len + token, begin, full_start, tl.minimum(full_stop, end), end,
-        k + kv_head * (k_head * VEC), v + kv_head * (v_head * VEC), table + request * table_row, table,
-        kv_start.to(tl.int64), scale, window, k_page * VEC, k_token * VEC, v_page * VEC, v_token * VEC,
-        DIM, BLOCK_D, BLOCK_M, BLOCK_N, PAGE, WINDOWED, False, PRECISION,
+        rows, kv_len - q_len + token, begin, full_start, tl.minimum(full_stop, end), end, memory, scale, window,
+        DIM, BLOCK_D, BLOCK_M, BLOCK_N, PAGE, WINDOWED, False, SCALED, PRECISION,
     )  # fmt: skip
     result, mass = finish(acc, total, top, sinks + head, inside, SINKS)
-    tl.store(out + target[:, None] * DIM + dims[None, :], result.to(out.dtype.element_ty), mask=loaded)
-    tl.store(lse + target, mass, mask=inside)
+    store_rows(out, lse, target, result, mass, inside, DIM, BLOCK_D)
 
 
 def _launch(
@@ -153,6 +169,8 @@ def _launch(
     cu_kv: Int32[Tensor, " starts"],
     table: Int32[Tensor, "all pages"],
     sinks: Float[Tensor, " h"] | None,
+    k_scales: UInt8[Tensor, "*keys g"] | None,
+    v_scales: UInt8[Tensor, "*keys g"] | None,
     scale: float,
     window: int,
     splits: int,
@@ -162,7 +180,7 @@ def _launch(
     tile = Config(*config)
     heads, dim = q.shape[1:]
     queries = len(rows) // len(requests)
-    vec, partial = 16 // q.itemsize, splits > 1
+    vec, partial, memory = 16 // q.itemsize, splits > 1, memory_of(k, v, k_scales, v_scales)
     found, mass, added = out, lse, sinks
     if partial:
         added = None
@@ -170,8 +188,8 @@ def _launch(
         mass = lse.new_empty(splits, len(rows), heads)
     decode_kernel[(len(requests), k.shape[-2], splits)](
         q,
-        k,
-        v,
+        memory.k,
+        memory.v,
         found,
         mass,
         requests,
@@ -179,6 +197,8 @@ def _launch(
         cu_kv,
         table,
         lse if added is None else added,
+        memory.k_scales,
+        memory.v_scales,
         scale * LOG2E.value,
         window,
         table.stride(0),
@@ -186,16 +206,12 @@ def _launch(
         queries,
         q.stride(0) // vec,
         q.stride(1) // vec,
-        k.stride(0) // vec,
-        k.stride(-3) // vec,
-        k.stride(-2) // vec,
-        v.stride(0) // vec,
-        v.stride(-3) // vec,
-        v.stride(-2) // vec,
+        *memory.strides,
         heads if partial else out.stride(0) // dim,
         RATIO=heads // k.shape[-2],
         DIM=dim,
         VEC=vec,
+        KV_VEC=memory.vec,
         BLOCK_M=tile.rows,
         BLOCK_D=triton.next_power_of_2(dim),
         BLOCK_N=tile.keys,
@@ -204,6 +220,7 @@ def _launch(
         SINKS=added is not None,
         PARTIAL=partial,
         SPLIT_KEYS=split_keys,
+        SCALED=memory.scaled,
         PRECISION=precision(q.dtype, dim),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
@@ -214,8 +231,8 @@ def _launch(
 
 decode_into = kernel_op(
     "decode(Tensor(a!) out, Tensor(b!) lse, Tensor q, Tensor k, Tensor v, Tensor requests, Tensor rows, Tensor cu_q, "
-    "Tensor cu_kv, Tensor table, Tensor? sinks, float scale, int window, int splits, int split_keys, int[] config) "
-    "-> ()",
+    "Tensor cu_kv, Tensor table, Tensor? sinks, Tensor? k_scales, Tensor? v_scales, float scale, int window, "
+    "int splits, int split_keys, int[] config) -> ()",
     _launch,
     fake=lambda *args: None,
     mutates=("out", "lse"),
@@ -228,10 +245,12 @@ decode_into = kernel_op(
 
 def variants() -> Iterator[tuple[Any, ...]]:
     """Every configuration at its most demanding, and the others of the commonest; see `seqpar.kernels.targets`."""
-    most = {"RATIO": 8, "WINDOWED": True, "SINKS": False, "PARTIAL": True, "SPLIT_KEYS": 0}
+    most = {"RATIO": 8, "WINDOWED": True, "SINKS": False, "PARTIAL": True, "SPLIT_KEYS": 0, "SCALED": False}
     for config in CONFIGS:
         name = "fp32" if config.itemsize == 4 else "bf16"
         uses = [("pages of 16, window", 16, most)]
+        if takes_scales(config.dim, config.itemsize):
+            uses.append(("8 bits in pages of 16, window", 16, most | {"SCALED": True}))
         if config == config_of(128, 2, 16, 90):
             plain = most | {"WINDOWED": False}
             uses += [
@@ -239,4 +258,5 @@ def variants() -> Iterator[tuple[Any, ...]]:
                 ("deterministic", 16, plain | {"SPLIT_KEYS": 1024}),
             ]
         for use, page, flags in uses:
-            yield variant(decode_kernel, f"{name} {use}", name, config, page, flags)
+            tile = narrowed(config) if flags["SCALED"] else config
+            yield variant(decode_kernel, f"{name} {use}", name, tile, page, flags)

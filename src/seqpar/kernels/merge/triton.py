@@ -211,6 +211,8 @@ def merge(
 
 def _stacked(tensors: Sequence[Tensor]) -> Tensor | None:
     """Tensors that lie evenly spaced in one buffer as one; None if they do not."""
+    if torch.compiler.is_compiling():
+        return None  # what is traced lies nowhere yet
     first, *others = tensors
     starts = [x.storage_offset() for x in tensors]
     step = starts[1] - starts[0] if others else 0

@@ -16,7 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from seqpar.kernels.dispatch import kernel_op
+from seqpar.kernels.dispatch import kernel_op, refuse_dtype
+from seqpar.kernels.quantize.triton import _float8, _native
 from seqpar.kernels.targets import Variant
 
 __all__ = ["append_rows", "copy_spans", "variants"]
@@ -59,6 +60,62 @@ def append_rows_kernel(
     to = slot * cache_row + head * cache_head + column
     tl.store(keys_ptr + to, key, mask=inside)
     tl.store(values_ptr + to, value, mask=inside)
+
+
+@triton.jit
+def _put_encoded(x, codes_ptr, scales_ptr, to, at, inside, written, NATIVE: tl.constexpr):
+    """Store rows [heads, numbers] as 8-bit floats at `to`, and their exponents at `at`; see `fp8`."""
+    x = x.to(tl.float32)
+    magnitude = tl.abs(x)
+    # What is not a number must reach the scale; tl.max passes over it.
+    largest = tl.max(tl.where(magnitude < float("inf"), magnitude, float("inf")), axis=1)
+    # The exponent of the least power of two times 448 that is not below: a mantissa beyond that of 448 carries.
+    scale = tl.maximum((largest.to(tl.int32, bitcast=True) + 0x1FFFFF >> 23) - 8, 1)
+    inverse = (254 - scale << 23).to(tl.float32, bitcast=True)
+    scaled = x * inverse[:, None]
+    if NATIVE:
+        codes = scaled.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+    else:
+        codes = _float8(scaled).to(tl.uint8)
+    tl.store(codes_ptr + to, codes, mask=inside)
+    tl.store(scales_ptr + at, tl.where(largest < float("inf"), scale, 255).to(tl.uint8), mask=written)
+
+
+@triton.jit
+def append_encoded_kernel(
+    keys_ptr,
+    values_ptr,
+    k_scales_ptr,
+    v_scales_ptr,
+    k_ptr,
+    v_ptr,
+    slots_ptr,
+    num_slots,
+    heads,
+    dim,
+    cache_row,
+    cache_head,
+    scale_row,
+    k_row,
+    k_head,
+    v_row,
+    v_head,
+    HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    NATIVE: tl.constexpr,
+):
+    """`append_rows_kernel`, in 8 bits: a row of a head is read once, and is in one program whole."""
+    token = tl.program_id(0).to(tl.int64)
+    slot = tl.load(slots_ptr + token).to(tl.int64)
+    head, column = tl.program_id(1) * HEADS + tl.arange(0, HEADS), tl.arange(0, DIM)[None, :]
+    written = head < tl.where((slot >= 0) & (slot < num_slots), heads, 0)
+    inside = written[:, None] & (column < dim)
+    key = tl.load(k_ptr + token * k_row + head[:, None] * k_head + column, mask=inside, other=0.0)
+    value = tl.load(v_ptr + token * v_row + head[:, None] * v_head + column, mask=inside, other=0.0)
+    to = slot * cache_row + head[:, None] * cache_head + column
+    at = slot * scale_row + head
+    _put_encoded(key, keys_ptr, k_scales_ptr, to, at, inside, written, NATIVE)
+    _put_encoded(value, values_ptr, v_scales_ptr, to, at, inside, written, NATIVE)
 
 
 @triton.jit
@@ -105,6 +162,33 @@ def variants() -> Iterator[Variant]:
             WARPS,
             1,
         )
+    yield from encoded_variants()
+
+
+def encoded_variants() -> Iterator[Variant]:
+    strides = ("cache_row", "cache_head", "k_row", "k_head", "v_row", "v_head")
+    for native in (False, True):
+        targets = ("sm_90", "sm_100") if native else ("sm_80", "sm_90", "sm_100", "gfx942")
+        for type_ in ("bf16", "fp16", "fp32"):
+            for heads, dim in ((8, 128), (1, 128), (8, 256)) if type_ == "bf16" else ((8, 128),):
+                per_program, block, warps = configuration(heads, dim)
+                bytes_ = ("keys_ptr", "values_ptr", "k_scales_ptr", "v_scales_ptr")
+                yield Variant(
+                    f"{type_}{'-native' if native else ''}-{heads}x{dim}",
+                    append_encoded_kernel,
+                    {
+                        **dict.fromkeys(bytes_, "*u8"),
+                        **dict.fromkeys(("k_ptr", "v_ptr"), f"*{type_}"),
+                        "slots_ptr": "*i64",
+                        **dict.fromkeys(("num_slots", "heads", "scale_row"), "i32"),
+                        **dict.fromkeys(("dim", *strides), "i32:16"),
+                    },
+                    {"HEADS": per_program, "DIM": block, "NATIVE": native},
+                    warps,
+                    1,
+                    {},
+                    targets,
+                )
 
 
 def _append(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> None:
@@ -133,6 +217,36 @@ def _append(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, slots: Tensor) -
     )
 
 
+def _append_encoded(
+    keys: Tensor, values: Tensor, k_scales: Tensor, v_scales: Tensor, k: Tensor, v: Tensor, slots: Tensor
+) -> None:
+    tokens, heads, dim = k.shape
+    if not k.numel():
+        return
+    per_program, block, warps = configuration(heads, dim)
+    append_encoded_kernel[(tokens, triton.cdiv(heads, per_program))](
+        keys.view(torch.uint8),
+        values.view(torch.uint8),
+        k_scales,
+        v_scales,
+        k,
+        v,
+        slots,
+        len(keys),
+        heads,
+        dim,
+        *keys.stride()[:2],
+        k_scales.stride(0),
+        *k.stride()[:2],
+        *v.stride()[:2],
+        HEADS=per_program,
+        DIM=block,
+        NATIVE=_native("fp8", k.device),
+        num_warps=warps,
+        num_stages=1,
+    )
+
+
 def _copy(target: Tensor, source: Tensor, spans: Tensor, longest: int) -> None:
     width = target[0].numel()
     integer = INTEGERS[target.itemsize]
@@ -156,6 +270,13 @@ _append_op = kernel_op(
     fake=_append_fake,
     mutates=("keys", "values"),
 )
+_append_encoded_op = kernel_op(
+    "append_encoded(Tensor(a!) keys, Tensor(b!) values, Tensor(c!) k_scales, Tensor(d!) v_scales, Tensor k, Tensor v, "
+    "Tensor slots) -> ()",
+    _append_encoded,
+    fake=lambda *args: None,
+    mutates=("keys", "values", "k_scales", "v_scales"),
+)
 _copy_op = kernel_op(
     "copy_spans(Tensor(a!) target, Tensor source, Tensor spans, int longest) -> ()",
     _copy,
@@ -164,14 +285,24 @@ _copy_op = kernel_op(
 )
 
 
-def append_rows(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> None:
+def append_rows(
+    keys: Tensor, values: Tensor, k: Tensor, v: Tensor, slots: Tensor, scales: tuple[Tensor, Tensor] | None = None
+) -> None:
     """`seqpar.kernels.rows.reference`."""
     if keys.stride() != values.stride() or (keys.numel() and keys.stride(2) != 1):
         raise ValueError(
             f"`keys` and `values` must have the same strides, 1 along a head, got {keys.stride()} and {values.stride()}"
         )
     k, v = (x.detach() if x.stride(-1) == 1 else x.detach().contiguous() for x in (k, v))
-    _append_op(keys, values, k, v, slots)
+    if scales is None:
+        _append_op(keys, values, k, v, slots)
+        return
+    refuse_dtype("k", k.dtype)
+    if scales[0].stride() != scales[1].stride() or (keys.numel() and scales[0].stride(1) != 1):
+        raise ValueError(
+            f"`scales` must have the same strides, 1 along heads, got {scales[0].stride()} and {scales[1].stride()}"
+        )
+    _append_encoded_op(keys, values, *scales, k, v, slots)
 
 
 def copy_spans(target: Tensor, source: Tensor, spans: Sequence[tuple[int, int, int]]) -> None:

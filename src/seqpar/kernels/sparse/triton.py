@@ -25,9 +25,14 @@ from seqpar.kernels.attention.triton import (
     arch_of,
     config_of,
     finish,
+    hidden_out,
     load_block,
+    load_rows,
     precision,
+    rows_of,
+    store_rows,
     variant,
+    weigh_scores,
 )
 from seqpar.kernels.dispatch import kernel_op
 from seqpar.kernels.sparse.plan import BlockLists
@@ -77,23 +82,13 @@ def _fold_listed(
         score = tl.dot(q, keys, input_precision=PRECISION)
         if MASKED:
             position = tl.load(k_positions + row, mask=there, other=0)
-            seen = there[None, :] & (position[None, :] <= positions[:, None])
-            if WINDOWED:
-                seen = seen & (position[None, :] > positions[:, None] - window)
-            score = tl.where(seen, score, float("-inf"))
-        highest = tl.maximum(top, tl.max(score, 1) * scale)
-        shift = highest
-        if MASKED:
-            shift = tl.where(highest == float("-inf"), 0.0, highest)
-        weight = tl.exp2(score * scale - shift[:, None])
-        keep = tl.exp2(top - shift)
-        total = total * keep + tl.sum(weight, 1)
+            score = hidden_out(score, there, position, positions, window, WINDOWED)
+        weight, keep, total, top = weigh_scores(score, total, top, scale, MASKED)
         acc = acc * keep[:, None]
         values = load_block(
             v + (at * v_row)[:, None] + dims[None, :], there[:, None], (dims < DIM)[None, :], MASKED, PADDED
         )
         acc = tl.dot(weight.to(values.dtype), values, acc, input_precision=PRECISION)
-        top = highest
     return acc, total, top
 
 
@@ -135,14 +130,8 @@ def sparse_kernel(
     full = tl.load(own + 1)
     stop = tl.load(own + 2)
 
-    row = tl.arange(0, BLOCK_M)
-    token = row // RATIO
-    head = kv_head * RATIO + row % RATIO
-    inside = token < queries
-    dims = tl.arange(0, BLOCK_D)
-    at = (first + token).to(tl.int64) * (q_token * VEC) + head * (q_head * VEC)
-    loaded = inside[:, None] & (dims < DIM)[None, :]
-    rows = tl.load(q + at[:, None] + dims[None, :], mask=loaded, other=0.0)
+    token, head, inside = rows_of(0, kv_head, queries, RATIO, BLOCK_M)
+    rows = load_rows(q, first + token, head, inside, q_token * VEC, q_head * VEC, DIM, BLOCK_D)
     positions = tl.load(q_positions + first + token, mask=inside, other=-1)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -157,8 +146,7 @@ def sparse_kernel(
     )  # fmt: skip
     result, mass = finish(acc, total, top, lse, inside, False)
     place = (first + token).to(tl.int64) * out_heads + head
-    tl.store(out + place[:, None] * DIM + dims[None, :], result.to(out.dtype.element_ty), mask=loaded)
-    tl.store(lse + place, mass, mask=inside)
+    store_rows(out, lse, place, result, mass, inside, DIM, BLOCK_D)
 
 
 def _launch(
