@@ -20,7 +20,7 @@ from seqpar.ragged import RaggedBatch
 from tests.kernels.own_errors import own_errors
 from tests.kernels.tiles import small_tiles
 
-GQA = (0, 0, 1)
+GQA, OTHERS = (0, 0, 1), ("torch", "reference")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -61,7 +61,7 @@ def inputs() -> tuple[Tensor, Tensor, Tensor]:
     return tuple(torch.randn(shape, generator=rng) for shape in ((10, 3, 16), (10, 2, 2, 16), (3,)))
 
 
-@pytest.mark.parametrize("backend", ["torch", "reference", "triton"])
+@pytest.mark.parametrize("backend", ["triton", *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
 @own_errors()
 def test_a_step_compiles_into_one_graph_and_is_exported_whole(backend: str) -> None:
     step = Step(backend)
@@ -77,8 +77,9 @@ def test_a_step_compiles_into_one_graph_and_is_exported_whole(backend: str) -> N
         assert {f"seqpar.{name}.default" for name in names} <= called
 
 
-@pytest.mark.parametrize("backend", ["torch", "reference"])
-@pytest.mark.parametrize("sinks", [False, True])
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # by PyTorch itself
+@pytest.mark.parametrize("backend", ["torch", pytest.param("reference", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("sinks", [False, pytest.param(True, marks=pytest.mark.slow)])
 @own_errors()
 def test_gradients_through_a_compiled_entry(backend: Any, sinks: bool) -> None:
     batch = RaggedBatch.prefill([7, 3])

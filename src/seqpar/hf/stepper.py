@@ -129,5 +129,5 @@ class Stepper:
         hidden = comm.run(steps)
         if not rows:
             return hidden.new_zeros(0, self.vocab_size)
-        logits = self._head(hidden)
-        return logits
+        found: Tensor = self._head(hidden)
+        return found

@@ -6,6 +6,7 @@ differentiates sees one operator of the library `seqpar`, with its shapes and it
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from functools import cache
 from importlib.util import find_spec
@@ -15,7 +16,17 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-__all__ = ["Backend", "NamedBackend", "choose_backend", "kernel_op", "refuse_dtype", "unknown_backend", "wants_grad"]
+__all__ = [
+    "Backend",
+    "NamedBackend",
+    "auto_backend",
+    "choose_backend",
+    "kernel_op",
+    "refuse_dtype",
+    "unknown_backend",
+    "wants_grad",
+    "warn_of_reference",
+]
 
 Backend = Literal["auto", "torch", "reference", "triton"]
 NamedBackend = Literal["flashinfer", "flash_attn"]
@@ -42,6 +53,23 @@ def choose_backend(op: str, device: torch.device, dtype: torch.dtype) -> Literal
     if op in ("attention", "placed", "sparse", "tile") and device.type == "cuda" and dtype == torch.float64:
         return "reference"
     return "torch"
+
+
+def auto_backend(op: str, device: torch.device, dtype: torch.dtype) -> Literal["torch", "reference", "triton"]:
+    """`choose_backend` for a call: on a GPU the definition, which holds all scores, never runs without a word."""
+    chosen = choose_backend(op, device, dtype)
+    if chosen == "reference":
+        warn_of_reference(op, device, dtype)
+    return chosen
+
+
+def warn_of_reference(op: str, device: torch.device, dtype: torch.dtype) -> None:
+    """Say that `backend="auto"` is the definition, once for a place in the program, as warnings are."""
+    warnings.warn(
+        f'`backend="auto"` of `{op}` is "reference" for {dtype} on {device.type}, which is slow and holds all scores; '
+        'name "reference" if that is meant, or use another dtype',
+        stacklevel=4,
+    )
 
 
 @cache

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from seqpar.kernels.attention import named, pytorch, reference, varlen
-from seqpar.kernels.dispatch import Backend, NamedBackend, choose_backend, unknown_backend, wants_grad
+from seqpar.kernels.dispatch import Backend, NamedBackend, auto_backend, unknown_backend, wants_grad
 from seqpar.kernels.merge.sinks import check_sinks
 from seqpar.kernels.rows import FP8, Scales
 from seqpar.kernels.rows.fp8 import decode
@@ -84,7 +84,7 @@ def attention(
         check_sinks(sinks, q)
     grad = wants_grad(q, k, v, *(() if sinks is None else (sinks,)))
     if backend == "auto":
-        backend = choose_backend("attention", q.device, q.dtype)
+        backend = auto_backend("attention", q.device, q.dtype)
         if backend == "triton" and (grad or (scales is not None and not _triton_reads_scales(q))):
             backend = "torch"
     if not batch.exact and backend != "triton":

@@ -110,8 +110,9 @@ def attention(
     """`seqpar.kernels.attention.reference`, without gradients; arguments that `check` has passed."""
     module, parts = _module(backend), []
     for run in head_runs(kv_head_of):
-        heads = q[:, run.q_start : run.q_stop], *(x[..., run.kv_start : run.kv_stop, :] for x in (k, v))
-        parts.append(_run(backend, module, *heads, batch, softmax_scale, window))
+        keys, values = (x[..., run.kv_start : run.kv_stop, :] for x in (k, v))
+        rows = q[:, run.q_start : run.q_stop]
+        parts.append(_run(backend, module, rows, keys, values, batch, softmax_scale, window))
     out, lse = parts[0] if len(parts) == 1 else (torch.cat(each, 1) for each in zip(*parts, strict=True))
     lse = lse.contiguous()
     if sinks is not None:

@@ -225,8 +225,8 @@ def _append_encoded(
         return
     per_program, block, warps = configuration(heads, dim)
     append_encoded_kernel[(tokens, triton.cdiv(heads, per_program))](
-        keys.view(torch.uint8),
-        values.view(torch.uint8),
+        keys,
+        values,
         k_scales,
         v_scales,
         k,
@@ -302,7 +302,7 @@ def append_rows(
         raise ValueError(
             f"`scales` must have the same strides, 1 along heads, got {scales[0].stride()} and {scales[1].stride()}"
         )
-    _append_encoded_op(keys, values, *scales, k, v, slots)
+    _append_encoded_op(keys.view(torch.uint8), values.view(torch.uint8), *scales, k, v, slots)
 
 
 def copy_spans(target: Tensor, source: Tensor, spans: Sequence[tuple[int, int, int]]) -> None:

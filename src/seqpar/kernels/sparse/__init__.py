@@ -5,7 +5,7 @@ from __future__ import annotations
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from seqpar.kernels.dispatch import Backend, choose_backend, unknown_backend
+from seqpar.kernels.dispatch import Backend, auto_backend, unknown_backend
 from seqpar.kernels.sparse import pytorch, reference
 from seqpar.kernels.sparse.plan import BlockLists
 from seqpar.kernels.sparse.select import decode_sketch, encode_sketch, sketch_bytes
@@ -63,7 +63,7 @@ def sparse_attention(
         raise ValueError(
             f"`kv_head_of` must give each of {q.shape[1]} query heads one of {heads} KV heads, got {kv_head_of}"
         )
-    backend = choose_backend("sparse", q.device, q.dtype) if backend == "auto" else backend
+    backend = auto_backend("sparse", q.device, q.dtype) if backend == "auto" else backend
     rule = q_positions, k_positions, softmax_scale, kv_head_of, window
     if backend == "triton":
         from seqpar.kernels.attention import launch

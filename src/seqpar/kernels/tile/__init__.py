@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from seqpar.kernels.attention.plan import head_runs
-from seqpar.kernels.dispatch import Backend, choose_backend, unknown_backend
+from seqpar.kernels.dispatch import Backend, auto_backend, unknown_backend, warn_of_reference
 from seqpar.kernels.tile import pytorch, reference
 
 __all__ = ["placed_attention", "tile_attention", "tile_gradients"]
@@ -55,7 +55,7 @@ def tile_attention(
         ValueError: shapes, dtypes or the rule contradict each other.
     """
     _check(q, k, v, kv_head_of, causal, mask)
-    backend = choose_backend("tile", q.device, q.dtype) if backend == "auto" else backend
+    backend = auto_backend("tile", q.device, q.dtype) if backend == "auto" else backend
     if backend not in ("torch", "reference"):
         raise unknown_backend(backend)
     rule = softmax_scale, head_runs(kv_head_of), causal, mask
@@ -104,7 +104,7 @@ def placed_attention(
     _check_placed(q, k, q_lens, kv_lens, positions)
     if window is not None and window < 1:
         raise ValueError(f"`window` must be at least 1, since a token sees itself, got {window}; None is no window")
-    backend = choose_backend("placed", q.device, q.dtype) if backend == "auto" else backend
+    backend = auto_backend("placed", q.device, q.dtype) if backend == "auto" else backend
     if backend == "triton":
         from seqpar.kernels.attention import launch
 
@@ -180,6 +180,8 @@ def tile_gradients(
     _check(q, k, v, kv_head_of, causal, mask)
     if backend == "auto":
         backend = "torch" if q.is_cpu else "reference"
+        if backend == "reference":
+            warn_of_reference("tile_gradients", q.device, q.dtype)
     if backend not in ("torch", "reference"):
         raise unknown_backend(backend)
     rule = softmax_scale, head_runs(kv_head_of), causal, mask
