@@ -11,7 +11,7 @@ from __future__ import annotations
 from array import array
 from bisect import bisect_left, bisect_right
 from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate, pairwise, takewhile
 from operator import le
@@ -56,6 +56,7 @@ class RaggedBatch:
         requests: What the cache knows the requests as; nothing without a cache.
         exact: Whether `kv_lens` are the lengths. If not they are bounds, and the lengths are on the device alone; see
             `decodes`.
+        plans: What users of this batch have worked out from it once and need again in every layer.
 
     Raises:
         ValueError: lengths, positions, slots and pages do not describe one batch.
@@ -70,6 +71,7 @@ class RaggedBatch:
     version: int = 0
     requests: tuple[Hashable, ...] = ()
     exact: bool = True
+    plans: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         _check_lengths(self.q_lens, self.kv_lens)
@@ -439,11 +441,6 @@ class RaggedBatch:
         if not self.has_cache:
             return self
         return replace(self, slots=self.slots[:0], page_table=self.page_table[:, :0], page_size=0)
-
-    @cached_property
-    def plans(self) -> dict[Hashable, Any]:
-        """What users of this batch have worked out from it once and need again in every layer."""
-        return {}
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,7 +12,6 @@ from torch import Tensor
 from seqpar import comm
 from seqpar.hf import Recording, Stepper, parallelize, recording
 from seqpar.hf.recording import PADDING, RecordedDecodes
-from seqpar.kernels.rows import FP8
 from seqpar.kv import PagedKV
 from seqpar.partition import GraphKey, Layout, Shift
 from tests.hf.tiny import tiny_model
@@ -26,12 +25,9 @@ TP, SP = Layout(2, 1), Layout(1, 2)
 class Both:
     """The same steps with a recording and without."""
 
-    def __init__(
-        self, model: Any, pages: int, page_size: int, recording: Recording, stored: torch.dtype | None = None
-    ) -> None:
-        sizes: dict[str, Any] = {"num_pages": pages, "page_size": page_size, "stored": stored}
-        self.ours = Stepper(model, recording=recording, **sizes)
-        self.eager = Stepper(model, **sizes)
+    def __init__(self, model: Any, pages: int, page_size: int, recording: Recording) -> None:
+        self.ours = Stepper(model, num_pages=pages, page_size=page_size, recording=recording)
+        self.eager = Stepper(model, num_pages=pages, page_size=page_size)
 
     def step(self, requests: dict[int, int], tolerance: float = 1e-10, rows: list[int] | None = None) -> Tensor:
         """So many new tokens of each; the logits of the last token of each, compared."""
@@ -97,13 +93,13 @@ def test_recorded_decodes_under_the_layout_of_their_tokens() -> None:
     assert run_mesh((1, 2), decodes, Shift.threshold(2, SP)) == [[(SP, 4), (TP, 2), (TP, 1)]] * 2
 
 
-def of_the_device(mesh: comm.DeviceMesh, stored: torch.dtype | None) -> None:
+def of_the_device(mesh: comm.DeviceMesh) -> None:
     """The way of a GPU on Triton's interpreter: one batch for all replays, whose lengths only its tensors say."""
     small = {"num_attention_heads": 2, "num_key_value_heads": 1, "hidden_size": 32, "head_dim": 16}
     model = tiny_model("llama", dtype=torch.float32, num_hidden_layers=1, **small)
     with parallelize(model, mesh), pytest.MonkeyPatch.context() as patch, interpreted("attention"):
         patch.setattr(recording, "HOSTS", frozenset())
-        both = Both(model, 12, 4, Recording((2,), max_len=16), stored)
+        both = Both(model, 12, 4, Recording((2,), max_len=16))
         both.step({0: 6, 1: 2}, 1e-4)
         for _ in range(3):
             both.step({0: 1, 1: 1}, 1e-4)
@@ -115,9 +111,8 @@ def of_the_device(mesh: comm.DeviceMesh, stored: torch.dtype | None) -> None:
         assert batch.kv_lens == (16, 16) and batch.cu_kv.tolist() == [0, 6, 7]
 
 
-@pytest.mark.parametrize("stored", [None, FP8], ids=str)
-def test_what_is_recorded_knows_no_lengths(stored: torch.dtype | None) -> None:
-    run_mesh((1, 1), of_the_device, stored)
+def test_what_is_recorded_knows_no_lengths() -> None:
+    run_mesh((1, 1), of_the_device)
 
 
 def refuses(mesh: comm.DeviceMesh) -> None:

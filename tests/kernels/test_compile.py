@@ -20,7 +20,7 @@ from seqpar.ragged import RaggedBatch
 from tests.kernels.own_errors import own_errors
 from tests.kernels.tiles import small_tiles
 
-GQA, OTHERS = (0, 0, 1), ("torch", "reference")
+GQA = (0, 0, 1)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -61,7 +61,25 @@ def inputs() -> tuple[Tensor, Tensor, Tensor]:
     return tuple(torch.randn(shape, generator=rng) for shape in ((10, 3, 16), (10, 2, 2, 16), (3,)))
 
 
-@pytest.mark.parametrize("backend", ["triton", *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
+@own_errors()
+def test_decodes_compile_into_one_graph() -> None:
+    batch = RaggedBatch.build([1, 2], [4, 7], [[1], [0]], 8)
+
+    def step(q: Tensor, pages: Tensor) -> tuple[Tensor, Tensor]:
+        out, lse = attention(q, pages, pages, batch, kv_head_of=GQA, backend="triton")
+        return merge([out, out], [lse, lse], backend="triton")
+
+    given = inputs()[0][:3], torch.randn(2, 8, 2, 16)
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="`batch` must have been attended to once before it is tr"):
+        compiled(*given)
+    want = step(*given)
+    for ours, exact in zip(compiled(*given), want, strict=True):
+        torch.testing.assert_close(ours, exact, rtol=0, atol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["triton", "torch", "reference"])
 @own_errors()
 def test_a_step_compiles_into_one_graph_and_is_exported_whole(backend: str) -> None:
     step = Step(backend)
@@ -77,25 +95,30 @@ def test_a_step_compiles_into_one_graph_and_is_exported_whole(backend: str) -> N
         assert {f"seqpar.{name}.default" for name in names} <= called
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # by PyTorch itself
-@pytest.mark.parametrize("backend", ["torch", pytest.param("reference", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("sinks", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("sinks", [False, True])
 @own_errors()
-def test_gradients_through_a_compiled_entry(backend: Any, sinks: bool) -> None:
+def test_gradients_through_a_compiled_entry(sinks: bool) -> None:
+    """Through the definition; of PyTorch's operators `lse` refuses its gradient by an error, which tracing meets."""
     batch = RaggedBatch.prefill([7, 3])
+    q, kv, added = inputs()
 
-    def fn(q: Tensor, k: Tensor, v: Tensor, added: Tensor) -> Tensor:
+    def fn(backend: Any, q: Tensor, k: Tensor, v: Tensor, added: Tensor) -> Tensor:
         chosen = added if sinks else None
         return attention(q, k, v, batch, kv_head_of=GQA, sinks=chosen, backend=backend)[0]
 
-    q, kv, added = inputs()
+    leaves = [x.clone().requires_grad_() for x in (q, *kv.unbind(2), added)]
     found = []
     for call in (fn, torch.compile(fn, fullgraph=True, backend="aot_eager")):
-        leaves = [x.clone().requires_grad_() for x in (q, *kv.unbind(2), added)]
-        out = call(*leaves)
+        out = call("reference", *leaves)
         found.append((out, *torch.autograd.grad(out.cos().sum(), leaves[: 4 if sinks else 3])))
     for ours, exact in zip(found[1], found[0], strict=True):
         torch.testing.assert_close(ours, exact, rtol=1e-5, atol=1e-6)
+    if not sinks:
+        fn("torch", *leaves)
+        with pytest.raises(torch._dynamo.exc.Unsupported, match="`lse` must not be differentiated with backend="):
+            torch.compile(fn, fullgraph=True, backend="aot_eager")("torch", *leaves)
 
 
 def test_operators_are_what_they_say() -> None:

@@ -77,6 +77,11 @@ def attention(
     key = ("attention", q.shape, k.shape, v.shape, q.dtype, wide, v.dtype, q.device, k.device, window, kv_head_of)
     heads: tuple[int, ...] | None = batch.plans.get(key)
     if heads is None:
+        if torch.compiler.is_compiling():
+            raise ValueError(
+                "`batch` must have been attended to once before it is traced, since its plans are made by the host, "
+                "got one without them; call `attention` with it first"
+            )
         heads = batch.plans[key] = _check(q, k, v, batch, window, kv_head_of, scales is not None)
     if scales is not None:
         _check_scales(k, v, scales)
