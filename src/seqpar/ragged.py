@@ -180,8 +180,16 @@ class RaggedBatch:
         return batch
 
     def write_lengths(self, kv_lens: Int32[Tensor, " n"]) -> None:
-        """Let the requests of a batch that `decodes` has made have so many keys."""
-        assert not self.exact, "an exact batch has the lengths that it was built with"
+        """Let the requests of a batch that `decodes` has made have so many keys.
+
+        Raises:
+            ValueError: another batch, whose lengths are as it was built, or not a length for each request.
+        """
+        if self.exact or kv_lens.shape != (self.num_requests,):
+            raise ValueError(
+                f"`kv_lens` must be of the {self.num_requests} requests of a batch that `decodes` made, got "
+                f"{list(kv_lens.shape)} for {'another' if self.exact else 'it'}"
+            )
         self.cu_kv[1:].copy_(kv_lens.cumsum(0))
 
     def _with_host_table(self, table: Int32[Tensor, "n pages"] | None) -> RaggedBatch:

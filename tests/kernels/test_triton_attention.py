@@ -127,6 +127,10 @@ def test_decodes_whose_lengths_only_the_device_has(monkeypatch: pytest.MonkeyPat
         for got, exact in zip(found, want, strict=True):
             torch.testing.assert_close(got.double(), exact, rtol=0, atol=2e-5)
     assert recorded is not None
+    with pytest.raises(
+        ValueError, match=r"`kv_lens` must be of the 2 requests of a batch that `decodes` made, got \[2\]"
+    ):
+        batch.write_lengths(kept["kv_lens"])
     with pytest.raises(ValueError, match='`batch` must have lengths that the host knows for backend="torch"; "triton"'):
         attention(q, k, v, recorded)
     with pytest.raises(ValueError, match="`pages` must be asked of a batch whose lengths the host knows, got one that"):
