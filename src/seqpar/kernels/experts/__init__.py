@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
@@ -93,13 +94,13 @@ def combine(
     Grad:  to rows and weights.
 
     Raises:
-        ValueError: not one row for each weight; on a CPU, an entry that there is not.
+        ValueError: not one row for each weight; on a CPU, an order that is none.
     """
     if not len(rows) == weights.numel() == len(order):
         raise ValueError(
             f"`rows` and `order` must have one entry for each of `weights` ({weights.numel()}), "
             f"got {len(rows)} and {len(order)}"
         )
-    if order.is_cpu and len(order) and not 0 <= int(order.min()) <= int(order.max()) < len(order):
-        raise ValueError(f"`order` must name {len(order)} entries, got {int(order.min())} to {int(order.max())}")
+    if order.is_cpu and not torch.equal(order.sort().values, torch.arange(len(order))):
+        raise ValueError(f"`order` must name each of {len(order)} entries once, got {order.tolist()[:8]} ...")
     return reference.combine(rows, weights, order)
