@@ -90,7 +90,7 @@ class Receiver:
                 self.doubt[at] = terms.doubt()
                 self.budget[at] = self.rule.epsilon * self._largest(part, seen)
                 # Where all values are remote, little may be certain of how long they are: plans count on an eighth.
-                hoped = torch.where(seen, part.tokens.v[:, part.head].norm(dim=-1), 0).amax(-1)
+                hoped = _most(torch.where(seen, part.tokens.v[:, part.head].norm(dim=-1), 0))
                 self.room[at] = torch.maximum(self.budget[at], self.rule.epsilon / 8 * hoped) - rounded
         self.open &= ~(self.bound <= self.budget)
 
@@ -203,7 +203,12 @@ class Receiver:
         norms = tokens.least[:, head]
         if self.rule.window is None:
             norms = torch.maximum(norms, tokens.peak[:, head])
-        return torch.where(seen, norms, 0).amax(-1)
+        return _most(torch.where(seen, norms, 0))
+
+
+def _most(x: Tensor) -> Tensor:
+    """The largest number of each row; 0 where a rank has no keys of a request."""
+    return x.amax(-1) if x.shape[-1] else x.new_zeros(len(x))
 
 
 def _lost(out: Tensor, kept: Tensor) -> Tensor:
