@@ -90,13 +90,14 @@ peers: $(PEERS_STAMP)  ## a second environment with the libraries that the bench
 
 # The peers pin versions of their own, so they get an environment on top of .venv instead of a place in it.
 $(PEERS_STAMP): $(STAMP)
-	@echo "peers: $(PEERS) with accelerate, DeepSpeed, yunchang"
+	@echo "peers: $(PEERS) with accelerate, DeepSpeed, yunchang, FairScale, ring-flash-attn, Megatron-Core"
 	@test -x $(PEERS)/bin/python || $(BIN)/python -m venv $(PEERS)
 	@$(PEERS)/bin/python -c 'import pathlib, sysconfig; \
 	  below = sysconfig.get_path("purelib").replace("$(PEERS)", "$(VENV)"); \
 	  pathlib.Path(sysconfig.get_path("purelib"), "below.pth").write_text(f"import site; site.addsitedir({below!r})\n")'
 	@$(call PIP,$(PEERS)) setuptools wheel
-	@DS_BUILD_OPS=0 $(call PIP,$(PEERS)) --no-build-isolation accelerate deepspeed yunchang
+	@DS_BUILD_OPS=0 $(call PIP,$(PEERS)) --no-build-isolation accelerate deepspeed yunchang fairscale ring-flash-attn
+	@$(call PIP,$(PEERS)) megatron-core
 	@touch $@
 
 clean:  ## remove caches; the environments stay

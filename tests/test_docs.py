@@ -56,13 +56,13 @@ LINK = re.compile(r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]+))?\)")
 
 
 def anchors(page: Path) -> set[str]:
-    """The anchors of a page's headings, as Python-Markdown and GitHub make them."""
+    """The anchors of a page's headings, as Python-Markdown and GitHub make them, and those that it names itself."""
     prose = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
     titles = re.findall(r"^#+ (.+)$", prose, flags=re.MULTILINE)
     slugs = [re.sub(r"[\s-]+", "-", re.sub(r"[^\w\s-]", "", title).strip().lower()) for title in titles]
     twice = [slug for slug, count in Counter(slugs).items() if count > 1]
     assert not twice, f"{page.name} has headings of one name: {twice}"
-    return set(slugs)
+    return {*slugs, *re.findall(r'<a id="([^"]+)"></a>', prose)}
 
 
 def links(page: Path) -> Iterator[tuple[str, Path, str]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -14,8 +14,24 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from seqpar import comm
-from seqpar.layers import ParallelDecoderLayer, gather_state_dict, sync_gradients
-from seqpar.partition import HeadMap
+from seqpar.layers import (
+    ColumnParallelLinear,
+    OverlappedAttention,
+    OverlappedMLP,
+    ParallelAttention,
+    ParallelDecoderLayer,
+    ParallelLMHead,
+    ParallelMLP,
+    ParallelMoE,
+    PlacedCore,
+    RingAttention,
+    RMSNorm,
+    USPAttention,
+    VocabParallelEmbedding,
+    gather_state_dict,
+    sync_gradients,
+)
+from seqpar.partition import HeadMap, ThreePhase
 from seqpar.ragged import RaggedBatch
 from tests.layers.reference import DecoderLayer, name_of, rope
 from tests.layers.test_decoder import HEAD_DIM, Case, my_tokens
@@ -168,3 +184,80 @@ def refused(rank: int, p: int) -> None:
 
 def test_what_needs_the_parameters_between_calls_is_refused() -> None:
     run_ranks(2, refused)
+
+
+def each_layer(groups: comm.Groups) -> dict[str, tuple[nn.Module, tuple[object, ...], dict[str, object]]]:
+    """Layers with parameters, and calls of them: every rank has its tokens of one batch."""
+    case = replace(BASE, qk_norm=True)
+    sp, tp_rank = groups.sp, groups.tp.rank()
+    batch = RaggedBatch.prefill(case.q_lens)
+    cos, sin = rope(batch.positions, HEAD_DIM)
+    torch.manual_seed(6)
+    x = torch.randn(5, SIZE, dtype=torch.float64)[my_tokens(case, groups, 5)]
+    shared: dict[str, Any] = {"group": groups.tp, "dtype": torch.float64}
+    layer = sliced(case, groups).layers[0]
+    core, heads = layer.self_attn.core, HeadMap(case.num_heads, case.num_kv_heads, groups.layout.tp, 1)
+    split = comm.split_groups(sp, sp.size())
+    inner = {
+        "RingAttention": RingAttention(heads, HEAD_DIM, group=sp, tp_rank=tp_rank, placement="contiguous"),
+        "USPAttention": USPAttention(heads, HEAD_DIM, groups=split, tp_rank=tp_rank, placement="contiguous"),
+    }
+    for name, placed in inner.items():
+        layer.self_attn.add_core(name, PlacedCore(placed, beside=core))
+    cut = ThreePhase(1, 2, 0)
+    source = whole(case).layers[0]
+    split_heads = HeadMap(case.num_heads, case.num_kv_heads, *groups.layout)
+    made: dict[str, tuple[nn.Module, tuple[object, ...], dict[str, object]]] = {
+        "RMSNorm": (RMSNorm(SIZE, dtype=torch.float64), (x,), {}),
+        "ColumnParallelLinear": (ColumnParallelLinear(SIZE, 6, **shared), (x,), {}),
+        "ParallelMLP": (ParallelMLP(SIZE, 10, **shared), (x,), {}),
+        "OverlappedMLP": (OverlappedMLP(SIZE, 10, **shared), (x,), {}),
+        "ParallelMoE": (ParallelMoE(SIZE, 4, 4, 2, groups=groups, dtype=torch.float64), (x,), {}),
+        "VocabParallelEmbedding": (VocabParallelEmbedding(9, SIZE, **shared), (torch.arange(len(x)),), {}),
+        "ParallelLMHead": (
+            ParallelLMHead(SIZE, 9, group=groups.flat, seq_group=sp, dtype=torch.float64),
+            (torch.ones(3, SIZE, dtype=torch.float64),),
+            {},
+        ),
+        "OverlappedAttention": (
+            OverlappedAttention.from_module(source.self_attn, groups=groups, heads=split_heads, pipeline=cut),
+            (x, batch, cos, sin),
+            {},
+        ),
+        "PipelinedUlysses": (
+            ParallelAttention.from_module(source.self_attn, groups=groups, heads=split_heads, pipeline=cut),
+            (x, batch, cos, sin),
+            {},
+        ),
+    }
+    return made | {name: (layer, (x, batch, cos, sin), {"core": name}) for name in inner}
+
+
+def twins(rank: int, p: int, layout: tuple[int, int]) -> None:
+    """On replicas with the same tokens, the mean of gradients that FSDP keeps is the gradient without it."""
+    mesh = init_device_mesh("cpu", (REPLICAS, *layout), mesh_dim_names=("dp", "tp", "sp"))
+    groups = comm.groups(mesh["tp", "sp"])
+    torch.manual_seed(8)
+    plain = each_layer(groups)
+    torch.manual_seed(8)
+    shared = each_layer(groups)
+    for name, (alone, args, options) in plain.items():
+        sharded = shared[name][0]
+        if not isinstance(sharded, FSDPModule):
+            fully_shard(sharded, mesh=mesh["dp"])
+        for module in (alone, sharded):
+            module.zero_grad()
+            out = module(*args, **options)
+            (out * torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)).sum().backward()
+            sync_gradients(module, groups)
+        for (path, mine), theirs in zip(sharded.named_parameters(), alone.parameters(), strict=True):
+            assert mine.grad is not None and theirs.grad is not None
+            found = mine.grad.full_tensor()
+            torch.testing.assert_close(
+                found, theirs.grad, rtol=1e-12, atol=1e-13, msg=lambda text, at=f"{name}.{path}": f"{at}: {text}"
+            )
+
+
+@pytest.mark.parametrize("layout", thinned([(2, 1), (1, 2)], (1, 2).__eq__), ids=name_of)
+def test_every_layer_with_parameters_is_sharded_over_an_outer_axis(layout: tuple[int, int]) -> None:
+    run_ranks(4, twins, layout)

@@ -11,18 +11,21 @@ import torch
 from torch import Tensor, nn
 
 from seqpar import comm
-from seqpar.kv import PagedKV
+from seqpar.kv import PagedKV, StripedKV
 from seqpar.layers import (
     ParallelDecoderLayer,
+    PlacedCore,
+    QShipDecodeAttention,
     RingAttention,
     compile_segments,
     restore_segments,
     sync_gradients,
 )
-from seqpar.partition import HeadMap, Layout
+from seqpar.partition import HeadMap, Layout, Striping
 from tests.kernels.own_errors import own_errors
 from tests.layers.reference import name_of
 from tests.layers.test_decoder import HEAD_DIM, Case, inputs, my_tokens, parallel, reference
+from tests.layers.test_dtypes import own_tokens
 from tests.ranks import LAYOUTS, run_mesh
 
 CASE = Case(8, 2, bias=True, qk_norm=True, q_lens=(5, 2))
@@ -79,6 +82,7 @@ def inferred(layer: ParallelDecoderLayer, case: Case, groups: comm.Groups) -> li
 def compiled(mesh: comm.DeviceMesh, case: Case, backend: str) -> None:
     groups = comm.groups(mesh)
     layer = parallel(case, mesh, reference(case))
+    warnings.filterwarnings("ignore", category=DeprecationWarning)  # of Inductor's own imports
     warnings.filterwarnings("ignore", "The .grad attribute of a Tensor", UserWarning)  # Dynamo looks at every tensor's
     with own_errors():  # the checker of shapes is no part of the library, and breaks graphs
         runs = [trained] if case.sequence_sharded else [trained, inferred]
@@ -195,3 +199,47 @@ def exported(mesh: comm.DeviceMesh) -> None:
 
 def test_segments_are_exported_for_any_number_of_tokens() -> None:
     run_mesh((1, 1), exported)
+
+
+def other_layers(mesh: comm.DeviceMesh) -> None:
+    """Layers that cut their tokens, and cores that place them: compiled segments give what eager ones give."""
+    groups, case = comm.groups(mesh), Case(8, 2, qk_norm=True)
+    x, batch, cos, sin = inputs(case)
+    layer = own_tokens(case, mesh, reference(case))
+    mine = my_tokens(case, groups, len(x))
+    core = layer.self_attn.core
+    ring = PlacedCore(RingAttention(core.heads, HEAD_DIM, group=groups.sp, tp_rank=groups.tp.rank()), beside=core)
+    ship = QShipDecodeAttention(
+        core.heads, HEAD_DIM, group=groups.sp, tp_rank=groups.tp.rank(), q_norm=core.q_norm, k_norm=core.k_norm
+    )
+    striping = Striping(groups.layout.sp)
+    columns = core.heads.width(groups.tp.rank()) * HEAD_DIM
+
+    def run() -> list[Tensor]:
+        torch.manual_seed(4)
+        kv = StripedKV(
+            *(1, 40, 2 * striping.period, core.heads.kv_shard(groups.tp.rank()).size, HEAD_DIM),
+            striping=striping,
+            rank=groups.sp.rank(),
+            dtype=torch.float64,
+        )
+        found = [layer(x[mine], batch, cos, sin)]
+        for each, q_lens in ((ring, (5, 3)), (ship, (1, 1))):
+            step = kv.batch("ab", q_lens)
+            rows = each.rows(step) if each is ring else torch.arange(sum(q_lens)).tensor_split(striping.ranks)
+            tokens = len(rows if each is ring else rows[groups.sp.rank()])
+            qkv = torch.randn(tokens, columns, dtype=torch.float64)
+            found.append(each(qkv, step, cos[: sum(q_lens)], sin[: sum(q_lens)], kv))
+        return found
+
+    warnings.filterwarnings("ignore", "The .grad attribute of a Tensor", UserWarning)
+    with own_errors(), torch.no_grad(), torch._dynamo.config.patch(recompile_limit=64):
+        want = run()
+        for module in (layer, ring, ship):
+            assert compile_segments(module, backend="aot_eager")
+        torch.testing.assert_close(run(), want, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.slow
+def test_segments_of_layers_that_cut_their_own_tokens() -> None:
+    run_mesh((1, 2), other_layers, timeout_s=300.0)

@@ -65,6 +65,8 @@ class StepGraphs:
         devices = {x.device for x in like}
         if len(devices) != 1:
             raise ValueError(f"`like` must be tensors on one device, got {len(like)} on {len(devices)} devices")
+        for module in modules:
+            _check_recordable(module)
         self.step, self.keys, self.group = step, keys, group
         self.replays = self.eager = 0
         (self._device,) = devices
@@ -163,6 +165,17 @@ class _Address(NamedTuple):
             raise ValueError(
                 f"`{self.name}` must stay where it was when the graphs were recorded, which read it there, got it "
                 "moved or replaced; make new graphs"
+            )
+
+
+def _check_recordable(module: nn.Module) -> None:
+    """Refuse a layer that says, by its `unrecorded`, why a graph cannot hold it."""
+    for path, child in module.named_modules():
+        reason: str | None = getattr(type(child), "unrecorded", None)
+        if reason is not None:
+            raise ValueError(
+                f"`modules` must be layers that a graph can hold, got {type(child).__name__}"
+                f"{f' ({path})' if path else ''}, {reason}; run its steps eagerly"
             )
 
 

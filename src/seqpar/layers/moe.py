@@ -20,7 +20,7 @@ Source: the all-to-all form is GShard's (arXiv:2006.16668); without a capacity, 
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, NamedTuple, TypeAlias, get_args
+from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias, get_args
 
 import torch
 import torch.nn.functional as F
@@ -76,6 +76,7 @@ class ParallelMoE(nn.Module):
     """
 
     label: str = ""
+    unrecorded: ClassVar[str] = "which asks the device how many tokens each expert gets"
 
     def __init__(
         self,

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import chain, pairwise
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Float, Int64
@@ -81,6 +81,8 @@ class PipelineStage(nn.Module):
     Raises:
         ValueError: no layers, or parts that belong to another stage.
     """
+
+    unrecorded: ClassVar[str] = "whose messages to other stages have not been tried in one"
 
     def __init__(
         self,

@@ -29,7 +29,7 @@ Source: CSPS, arXiv:2409.15104v1 (queries travel); the split and the layout as i
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Literal, NamedTuple, get_args
+from typing import ClassVar, Literal, NamedTuple, get_args
 
 import torch
 from jaxtyping import Float
@@ -116,6 +116,8 @@ class QShipDecodeAttention(UlyssesAttention):
     Raises:
         ValueError: what `UlyssesAttention` refuses, or an exchange that is none.
     """
+
+    unrecorded: ClassVar[str] = "whose transfers have not been tried in one"
 
     def __init__(
         self,

@@ -108,6 +108,7 @@ class PlacedAttention(nn.Module):
     """
 
     label: str = ""
+    unrecorded: ClassVar[str] = "whose transfers have not been tried in one"
 
     def __init__(
         self,

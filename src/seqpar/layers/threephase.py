@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import chain
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -71,6 +71,8 @@ class PipelinedUlysses(UlyssesAttention):
     Raises:
         ValueError: counts below one, one part in all, or what `UlyssesAttention` refuses.
     """
+
+    unrecorded: ClassVar[str] = "whose parts have not been tried in one"
 
     def __init__(
         self,

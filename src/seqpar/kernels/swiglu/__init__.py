@@ -31,7 +31,7 @@ def swiglu(
     Raises:
         ValueError: the columns are not two of each sub-block; for "triton" another dtype.
     """
-    if gate_up.shape[1] != 2 * sum(blocks) or min(blocks, default=-1) < 0:
+    if gate_up.shape[1] != 2 * sum(blocks) or not blocks or any(block < 0 for block in blocks):
         raise ValueError(
             f"`gate_up` must have a gate and an up column for each of `blocks` ({2 * sum(blocks)} columns), "
             f"got {gate_up.shape[1]} for blocks {tuple(blocks)}"

@@ -10,7 +10,7 @@ Source: CSA and its pipeline, CSPS, arXiv:2409.15104v1, as far as its released c
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, Protocol, get_args, runtime_checkable
+from typing import ClassVar, Literal, NamedTuple, Protocol, get_args, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -92,6 +92,8 @@ class CSAAttention(PlacedAttention):
         ValueError: a placement, interleave, window, tp rank or exchange that is none; fewer query heads than ranks
             where they are split by heads; what the policy cannot serve.
     """
+
+    unrecorded: ClassVar[str] = "whose policies ask the device what to send"
 
     def __init__(
         self,
