@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
 # Check, then time, on one CUDA machine: what the CPUs of CI cannot show.
 #
-#   benchmarks/gpu.sh FOLDER [--part tests|kernels|overlap|layers|all] [--quick]
+#   benchmarks/gpu.sh FOLDER [--part tests|kernels|fused|overlap|layers|all] [--quick]
 #
 #   tests    the GPU suite                                                FOLDER/tests.log
 #   kernels  benchmarks/kernels.py: Triton kernels, checked, then timed    FOLDER/kernels.json, kernels.log
+#   fused    benchmarks/fused_cuda.py: the sum over ranks with residual and norm, across processes: checked, also under
+#            compute-sanitizer where that is installed, then timed        FOLDER/fused.json, fused.log
 #   overlap  benchmarks/overlap_cuda.py, one measurement after another    FOLDER/overlap_*.json, overlap.log
 #   layers   benchmarks/layers.py on this machine's processors            FOLDER/layers.json, layers.log
 #
@@ -13,7 +15,7 @@
 # triton, transformers, einops, safetensors, jaxtyping, hypothesis and pytest; beartype and matplotlib are not needed.
 set -u -o pipefail
 cd "$(dirname "$0")/.."
-usage='usage: benchmarks/gpu.sh FOLDER [--part tests|kernels|overlap|layers|all] [--quick]'
+usage='usage: benchmarks/gpu.sh FOLDER [--part tests|kernels|fused|overlap|layers|all] [--quick]'
 out=${1:?$usage}
 shift
 part=all quick=
@@ -24,7 +26,7 @@ while (($#)); do
     *) echo "$usage" >&2; exit 2 ;;
   esac
 done
-case $part in tests | kernels | overlap | layers | all) ;; *) echo "$usage" >&2; exit 2 ;; esac
+case $part in tests | kernels | fused | overlap | layers | all) ;; *) echo "$usage" >&2; exit 2 ;; esac
 mkdir -p "$out"
 
 python=${PYTHON:-python3}
@@ -57,6 +59,15 @@ if wants tests; then
 fi
 if wants kernels; then
   run 300 kernels "$python" benchmarks/kernels.py $quick --json "$out/kernels.json"
+fi
+if wants fused; then
+  run 280 fused "$python" benchmarks/fused_cuda.py $quick --json "$out/fused.json"
+  if command -v compute-sanitizer > /dev/null; then
+    run 300 fused_sanitizer compute-sanitizer --target-processes all --error-exitcode 9 \
+      "$python" benchmarks/fused_cuda.py --quick --check-only
+  else
+    echo "fused_sanitizer: not run, compute-sanitizer is not installed" | tee -a "$out/status.txt"
+  fi
 fi
 if wants overlap; then
   for one in ghost:60 schedules:180 contention:120 tax:100 late:60; do

@@ -63,6 +63,7 @@ from seqpar.comm.report import Exposure, TraceReport, TraceSlot
 from seqpar.comm.reshard import heads_to_seq, heads_to_seq_steps, seq_to_heads, seq_to_heads_steps
 from seqpar.comm.schedule import interleave, interleave_steps
 from seqpar.comm.steps import Steps, call, is_wrapped, run, splits, start
+from seqpar.comm.symmetric import SymmetricMemory, all_reduce_norm, all_reduce_norm_steps
 from seqpar.comm.trace import Trace, trace
 from seqpar.comm.wire import Wire
 
@@ -85,6 +86,7 @@ __all__ = [
     "Stages",
     "StepGraphs",
     "Steps",
+    "SymmetricMemory",
     "Trace",
     "TraceReport",
     "TraceSlot",
@@ -96,6 +98,8 @@ __all__ = [
     "all_reduce",
     "all_reduce_algorithm",
     "all_reduce_async",
+    "all_reduce_norm",
+    "all_reduce_norm_steps",
     "all_reduce_steps",
     "all_to_all",
     "all_to_all_async",

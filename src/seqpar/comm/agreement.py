@@ -7,7 +7,12 @@ from torch.distributed import ProcessGroup
 
 from seqpar.comm.collectives import all_gather_async, broadcast_async
 
-__all__ = ["agree"]
+__all__ = ["agree", "device_of"]
+
+
+def device_of(group: ProcessGroup) -> torch.device:
+    """Where a few integers are exchanged over a group: the CPU, where it can."""
+    return torch.device("cpu") if torch.device("cpu") in group._device_types else torch.device("cuda")
 
 
 def agree(error: str | ValueError | TypeError | None, *, group: ProcessGroup) -> None:
@@ -26,7 +31,7 @@ def agree(error: str | ValueError | TypeError | None, *, group: ProcessGroup) ->
         if error is not None:
             raise error if isinstance(error, Exception) else ValueError(error)
         return
-    device = torch.device("cpu") if torch.device("cpu") in group._device_types else torch.device("cuda")
+    device = device_of(group)
     message = str(error or "").encode()
     mine = torch.tensor([[error is not None, isinstance(error, TypeError), len(message)]], dtype=torch.int64)
     states = all_gather_async(mine.to(device), group=group, label="agree").wait().tolist()

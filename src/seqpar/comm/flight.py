@@ -11,6 +11,7 @@ from torch.distributed import ProcessGroup, Work
 
 from seqpar.comm.check import Crossing, current_check
 from seqpar.comm.link import SimulatedLink, link_of, simulates
+from seqpar.comm.stream import Launched
 from seqpar.comm.trace import Trace, Transfer, current_trace
 
 __all__ = ["Flight", "announce", "cross", "depart", "is_watched"]
@@ -117,7 +118,7 @@ class Flight:
         """Which launch of the trace this is; -1 without one."""
         return self._transfer.number
 
-    def observe(self, works: Sequence[Work | Crossing]) -> None:
+    def observe(self, works: Sequence[Work | Crossing | Launched]) -> None:
         """The launch has succeeded."""
         if self._trace is None:
             return

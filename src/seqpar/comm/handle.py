@@ -17,7 +17,7 @@ from torch.distributed import ProcessGroup, Work
 from seqpar.comm.check import Crossing
 from seqpar.comm.failure import failure
 from seqpar.comm.flight import Flight
-from seqpar.comm.stream import CPU_STREAM, CPUStream, current_stream, follow, hold_for, use_stream
+from seqpar.comm.stream import CPU_STREAM, CPUStream, Launched, current_stream, follow, hold_for, use_stream
 
 __all__ = ["Handle", "Mark"]
 
@@ -57,7 +57,8 @@ class Handle:
         op: name of the collective.
         label: who asked for it (the layer).
         group: its ranks.
-        works: what the backend has in flight; of a message under a check, the other half too.
+        works: what the backend, or a kernel on another stream, has in flight; of a message under a check, the other
+            half too.
         finish: makes the result out of the received buffers; runs once, in `wait`.
         buffers: every tensor in flight, for the allocator.
         flight: the simulated link that carries it, the trace that sees it.
@@ -70,7 +71,7 @@ class Handle:
         op: str,
         label: str,
         group: ProcessGroup,
-        works: Sequence[Work | Crossing],
+        works: Sequence[Work | Crossing | Launched],
         finish: Callable[[], Tensor],
         buffers: Sequence[Tensor],
         flight: Flight | None = None,

@@ -16,6 +16,7 @@ from torch import Tensor
 __all__ = [
     "CPU_STREAM",
     "CPUStream",
+    "Launched",
     "Stream",
     "current_stream",
     "follow",
@@ -78,3 +79,18 @@ def hold_for(stream: Stream, tensors: Iterable[Tensor]) -> None:
     if not isinstance(stream, CPUStream):
         for tensor in tensors:
             tensor.record_stream(stream)
+
+
+class Launched:
+    """The present work of the current stream; a handle waits for it as for what a backend has in flight."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._ended = device, record_event(device)  # [A] matches the wait below
+
+    def wait(self) -> None:
+        """Order the current stream behind its end."""
+        wait_event(self._ended, self._device)  # [A]
+
+    def is_completed(self) -> bool:
+        """Whether it has ended."""
+        return bool(self._ended.query())

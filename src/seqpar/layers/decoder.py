@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from seqpar import comm
-from seqpar.comm import Groups, ProcessGroup, Steps, Wire
+from seqpar.comm import Groups, ProcessGroup, Steps, SymmetricMemory, Wire
 from seqpar.kernels import add_rms_norm
 from seqpar.kv import PagedKV
 from seqpar.layers.base import check_covered, check_gradients, drop_child_names, find_layout, part_of
@@ -178,6 +178,46 @@ class ParallelAttention(nn.Module):
         core: str | None = None,
     ) -> Steps[Float[Tensor, "t_out m"]]:
         """See `forward`; yields where its parts do."""
+        x, out = yield from self._attended(x, batch, cos, sin, kv, layout, num_tokens, tail, core)
+        if tail is not None and not tail.rows:
+            return x[:0]
+        options = given(layout=layout)
+        if tail is not None and self.sequence_sharded:
+            options["num_tokens"] = self._held(tail, layout)
+        projected: Tensor = yield from comm.call(self.o_proj, out, **options)
+        return projected
+
+    def partial_steps(
+        self,
+        x: Float[Tensor, "t_local m"],
+        batch: RaggedBatch,
+        cos: Float[Tensor, "t d"] | None = None,
+        sin: Float[Tensor, "t d"] | None = None,
+        kv: PagedKV | None = None,
+        *,
+        layout: Layout | None = None,
+        tail: Tail | None = None,
+        core: str | None = None,
+    ) -> Steps[Float[Tensor, "t_out m"]]:
+        """`steps` up to the sum over `tp`, which is left to the caller; not for sequence-sharded activations."""
+        x, out = yield from self._attended(x, batch, cos, sin, kv, layout, None, tail, core)
+        if tail is not None and not tail.rows:
+            return x[:0]
+        return part_of(self, "o_proj", RowParallelLinear).partial(out, layout=layout)
+
+    def _attended(
+        self,
+        x: Tensor,
+        batch: RaggedBatch,
+        cos: Tensor | None,
+        sin: Tensor | None,
+        kv: PagedKV | None,
+        layout: Layout | None,
+        num_tokens: int | None,
+        tail: Tail | None,
+        core: str | None,
+    ) -> Steps[tuple[Tensor, Tensor]]:
+        """The tokens that enter the projection, and what the heads of this rank attend to."""
         comm.refuse_dtensor(x, "x")
         group, options = find_layout(self.tp_groups, layout), given(layout=layout)
         attend = self.find_core(core)
@@ -190,13 +230,7 @@ class ParallelAttention(nn.Module):
             wire=self.wire,
         )
         qkv = yield from comm.call(self.qkv_proj, x, **options)
-        out = yield from comm.call(attend, qkv, batch, cos, sin, kv, **options, **given(tail=tail))
-        if tail is not None and not tail.rows:
-            return x[:0]
-        if tail is not None and self.sequence_sharded:
-            options["num_tokens"] = self._held(tail, layout)
-        projected: Tensor = yield from comm.call(self.o_proj, out, **options)
-        return projected
+        return x, (yield from comm.call(attend, qkv, batch, cos, sin, kv, **options, **given(tail=tail)))
 
     def forward(
         self,
@@ -255,6 +289,7 @@ class ParallelDecoderLayer(nn.Module):
         self.input_layernorm, self.post_attention_layernorm = input_layernorm, post_attention_layernorm
         self.sequence_sharded = sequence_sharded
         self.ranks: dict[Layout | None, _Place] = {None: _Place.of(groups), groups.layout: _Place.of(groups)}
+        self.memory: dict[Layout | None, SymmetricMemory | None] = {}
 
     @classmethod
     def from_module(
@@ -318,6 +353,38 @@ class ParallelDecoderLayer(nn.Module):
             mlp.add_layout(layout, group=groups.tp)
         self.ranks[layout] = _Place.of(groups)
 
+    def fuse(self, memory: SymmetricMemory | None, *, layout: Layout | None = None) -> None:
+        """Sum what the attention projects on symmetric memory, in one kernel with the residual and the norm.
+
+        So in steps of that layout, which want no gradient. Where hooks look on at the attention, its projection or the
+        norm, the sum is that of the group's collectives, as it is with None.
+
+        Args:
+            memory: of the tensor-parallel ranks of the layout, for as many tokens as a step has.
+            layout: one that `add_layout` recorded; the stored one by default.
+
+        Raises:
+            ValueError: memory of other ranks; activations that are sequence-sharded, a projection with a bias or a wire
+                format, or a norm that is no `RMSNorm`.
+            TypeError: an attention that is wrapped, or another than `ParallelAttention`.
+        """
+        attention = part_of(self, "self_attn", ParallelAttention)
+        if type(attention) is not ParallelAttention:
+            raise TypeError(f"`self_attn` must be a ParallelAttention to be fused, got {type(attention).__name__}")
+        o_proj = part_of(attention, "o_proj", RowParallelLinear)
+        if self.sequence_sharded or o_proj.bias is not None or o_proj.wire is not None:
+            raise ValueError(
+                "`fuse` must be asked of layers whose activations are not sequence-sharded, and whose `o_proj` has "
+                f"neither bias nor wire format, got {o_proj}; see `comm.all_reduce_norm`"
+            )
+        if not isinstance(self.post_attention_layernorm, RMSNorm):
+            raise ValueError(f"`post_attention_layernorm` must be an RMSNorm, got {self.post_attention_layernorm}")
+        group = find_layout(attention.tp_groups, layout)
+        if memory is not None and memory.group is not group:
+            raise ValueError(f"`memory` must be of {comm.describe(group)}, got {memory}")
+        for key in (None, self.ranks[None].layout) if layout in (None, self.ranks[None].layout) else (layout,):
+            self.memory[key] = memory
+
     def steps(
         self,
         x: Float[Tensor, "t_local m"],
@@ -334,8 +401,13 @@ class ParallelDecoderLayer(nn.Module):
         tokens = self._check(x, batch, layout, core)
         options: dict[str, Any] = given(layout=layout, num_tokens=tokens.size if self.sequence_sharded else None)
         normed = yield from comm.call(self.input_layernorm, x)
+        memory = self._memory(layout)
         how = given(tail=tail, core=core)
-        attended = yield from comm.call(self.self_attn, normed, batch, cos, sin, kv, **options, **how)
+        if memory is None:
+            attended = yield from comm.call(self.self_attn, normed, batch, cos, sin, kv, **options, **how)
+        else:
+            attention = part_of(self, "self_attn", ParallelAttention)
+            attended = yield from attention.partial_steps(normed, batch, cos, sin, kv, **options, **how)
         if tail is not None:
             start = tokens.start
             if self.sequence_sharded:
@@ -346,7 +418,9 @@ class ParallelDecoderLayer(nn.Module):
             if not tail.rows:
                 return x
         norm = self.post_attention_layernorm
-        if is_plain(norm) and x.dtype == attended.dtype:
+        if memory is not None:
+            normed, x = yield from self._sum(attended, x, memory)
+        elif is_plain(norm) and x.dtype == attended.dtype:
             normed, x = self.join(x, attended, norm.weight, norm.eps)
         else:
             x = x + attended
@@ -400,6 +474,22 @@ class ParallelDecoderLayer(nn.Module):
             and all(comm.splits(part) for part in (self, attention, attention.core, self.mlp))
             and not any(comm.is_wrapped(module) for module in self.modules())
         )
+
+    def _sum(self, partial: Tensor, residual: Tensor, memory: SymmetricMemory) -> Steps[tuple[Tensor, Tensor]]:
+        """The normed total of what the attention projects and the residual, and the total, on symmetric memory."""
+        label = part_of(part_of(self, "self_attn", ParallelAttention), "o_proj", RowParallelLinear).label
+        norm = self.post_attention_layernorm
+        assert is_plain(norm)
+        return comm.all_reduce_norm_steps(
+            partial, residual, norm.weight, norm.eps, group=memory.group, memory=memory, label=label
+        )
+
+    def _memory(self, layout: Layout | None) -> SymmetricMemory | None:
+        """Where the attention's sum is made with what follows it; None where it is by itself, or hooks look on."""
+        memory, attention = self.memory.get(layout), self.self_attn
+        if memory is None or not (comm.splits(attention) and is_plain(self.post_attention_layernorm)):
+            return None
+        return memory if comm.splits(attention.o_proj) else None
 
     def _check(self, x: Tensor, batch: RaggedBatch, layout: Layout | None, core: str | None) -> Range:
         """The tokens of this sequence rank, after checking that `x` holds them (or this rank's share of them)."""

@@ -590,19 +590,23 @@ class RowParallelLinear(_ShardedLinear):
         self, x: Float[Tensor, "t f"], *, layout: Layout | None = None, num_tokens: Tokens | None = None
     ) -> Steps[Float[Tensor, "t_out m"]]:
         """See `forward`; yields once, at the reduction."""
-        shard = self._shard(layout)
-        (view,) = shard.views
+        group = self._shard(layout).group
         check_gradients((self.bias,), layout, self.layout)
-        self._check(x, view.size)
-        partial = kernels.linear(x, self._view(view))
+        partial = self.partial(x, layout=layout)
         if self.sequence_sharded:
-            sizes = num_tokens if isinstance(num_tokens, tuple) else even_split(x.shape[0], shard.group.size())
+            sizes = num_tokens if isinstance(num_tokens, tuple) else even_split(x.shape[0], group.size())
             out = yield from comm.reduce_scatter_steps(
-                partial, group=shard.group, sizes=sizes, label=self.label, wire=self.wire
+                partial, group=group, sizes=sizes, label=self.label, wire=self.wire
             )
         else:
-            out = yield from comm.all_reduce_steps(partial, group=shard.group, label=self.label, wire=self.wire)
+            out = yield from comm.all_reduce_steps(partial, group=group, label=self.label, wire=self.wire)
         return out if self.bias is None else out + self.bias
+
+    def partial(self, x: Float[Tensor, "t f"], *, layout: Layout | None = None) -> Float[Tensor, "t m"]:
+        """This rank's summand, without the bias, for a caller that sums: `comm.all_reduce_norm` with what follows."""
+        (view,) = self._shard(layout).views
+        self._check(x, view.size)
+        return kernels.linear(x, self._view(view))
 
     def forward(
         self, x: Float[Tensor, "t f"], *, layout: Layout | None = None, num_tokens: Tokens | None = None
