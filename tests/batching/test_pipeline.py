@@ -182,6 +182,14 @@ def test_of_a_request_that_is_cancelled_nothing_more_enters() -> None:
     assert generation.finish == "cancelled" and not loop.queue.steps
 
 
+def test_a_prompt_begins_on_pages_of_another() -> None:
+    """Those whose tokens are back: all full pages of one that has ended."""
+    loop = loop_of(one_stage(), depth=2, share_prefixes=True)
+    first, second = request_of(1, 13, 2, 0), request_of(1, 13, 2, 0)
+    assert list(loop.add(first)) == list(loop.add(second)) == alone(first)[0]
+    assert loop.reused == 12 and not loop.kv.ids
+
+
 def test_no_depth_is_refused() -> None:
     with own_errors(), pytest.raises(ValueError, match="`depth` must be at least 1, got 0"):
         loop_of(one_stage(), depth=0)

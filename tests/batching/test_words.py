@@ -155,3 +155,7 @@ def test_the_stop_that_ends_first(text: str, expected: str) -> None:
 
     for tokens in ([-1], [ord(letter) for letter in text]):
         assert streamed(tokens, decode, stops)[1].end().told == expected
+
+
+def test_what_is_held_is_told_where_no_more_comes() -> None:
+    assert Words.of(b"a sto", lambda tokens: bytes(tokens).decode(), ["stop"]).told == "a sto"
