@@ -257,7 +257,8 @@ def _share_gloo_device() -> None:
     device = ProcessGroupGloo.create_default_device()
 
     class Shared(ProcessGroupGloo):
-        def __init__(self, store: Store, rank: int, size: int, timeout: timedelta) -> None:
+        def __init__(self, store: Store, rank: int, size: int, timeout: timedelta, **newer: object) -> None:
+            # What later releases of PyTorch add (2.15: `enable_reconfigure`) is off by default.
             options = ProcessGroupGloo._Options()
             options._devices, options._timeout = [device], timeout
             super().__init__(store, rank, size, options)

@@ -46,7 +46,6 @@ _FLIGHT = "told by collectives in flight and by schedules, which have laws of th
 _MODEL = "made or called by a model that `load` or `parallelize` has put together"
 _BASE = "of a base class, which its subclasses define"
 _TIMES = "times real layers, which takes its time"
-_KEYS = "raises KeyError for what it does not hold, which is to be mended"
 _GIVEN = "runs modules that it was given"
 _WRAPPERS = ("ParallelAttention", "ParallelDecoderLayer", "PipelineStage")
 _CHECKED = "called by `CSAAttention`, which has checked what it hands over"
@@ -65,7 +64,6 @@ LEFT_OUT: dict[str, str] = {
     **dict.fromkeys(("hf.AutoShift.layout_of", "hf.LMHead", "hf.ParallelBackbone", "hf.Stage"), _MODEL),
     **{f"plan.{name}": _TIMES for name in ("calibrate", "calibrate_decode", "calibrate_layers", "calibrate_layouts")},
     **dict.fromkeys(("plan.ring_volumes", "plan.strided_volumes", "plan.usp_volumes"), _ORDER),
-    **dict.fromkeys(("plan.Operators.from_content", "plan.ShiftChoice.regret", "plan.StepCosts.seconds"), _KEYS),
     **dict.fromkeys(("plan.simulate", "batching.Journal.text"), _CALLS),
     "kv.compaction.CompactionPlan": _PLAN,
     "hf.Parallelized.__init__": _MODEL,

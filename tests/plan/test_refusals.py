@@ -10,15 +10,19 @@ from typing import Any
 import pytest
 
 from seqpar.layers import Strided
-from seqpar.partition import GridOrder, HeadMap, RingOrder, Run
+from seqpar.partition import GridOrder, HeadMap, Layout, RingOrder, Run, Shift
 from seqpar.plan import (
     Candidate,
+    Curve,
     Grid,
+    Operators,
     Options,
     OverlapChoice,
     Plan,
     RingCase,
+    ShiftChoice,
     Simulation,
+    StepCosts,
     percentile,
     ring_costs,
     ring_method,
@@ -37,6 +41,7 @@ SIZES = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 8}
 CASE = RingCase(8, 8, 2, 4, 2, 8)
 RATES = {"flops": 1e9, "bytes_per_s": 1e6}
 PLAN = Plan(Grid(), 1, Options(), 8, 1.0, 0.5, 3.0, 10.0, 0.5, 2, 1e9)
+STEPS = StepCosts({Layout(1, 2): Curve((1, 8), (1.0, 2.0))})
 FOUND = Simulation((), (1.0, 2.0), (3, 1), (), 4, 4, {}, (), 1.0, 1.0, 1, 4, 0, 0.0)
 
 
@@ -80,6 +85,9 @@ FOUND = Simulation((), (1.0, 2.0), (3, 1), (), 4, 4, {}, (), 1.0, 1.0, 1, 4, 0, 
         (lambda: usp_costs(CASE, **RATES, row_ranks=0), r"`row_ranks` at least 1, got None and 0"),
         (lambda: ring_costs(CASE, **{**RATES, "bytes_per_s": 0.0}), r"`bytes_per_s` must be > 0"),
         (lambda: ring_method(CASE, **{**RATES, "flops": float("nan")}, rule="meta-1"), r"`flops` and `bytes_per_s`"),
+        (lambda: STEPS.seconds(Layout(2, 1), 4), r"`layout` must be one of those with costs \(1x2\), got 2x1"),
+        (lambda: ShiftChoice(Shift(((1, Layout(2, 1)),)), STEPS, 0.0).regret(4), r"`layout` must be one of those"),
+        (lambda: Operators.from_content({"products": []}), r"`content` must be what .*, got KeyError\('prompts'\)"),
     ],
 )
 def test_is_refused_in_a_line(call: Callable[[], Any], message: str) -> None:

@@ -573,11 +573,15 @@ class PartialSum:
         dtype = _wide(q.dtype)
         self.out = torch.zeros_like(q, dtype=dtype)
         self.lse = q.new_full(q.shape[:2], -torch.inf, dtype=dtype)
+        self._found = bytearray(len(q))  # 1 where a row has a partial: the first one is the sum
 
     def add(self, rows: Range, out: Tensor, lse: Tensor) -> None:
         """Merge a partial of consecutive rows into theirs."""
         those = slice(*rows)
-        self.out[those], self.lse[those] = merge((self.out[those], out), (self.lse[those], lse))
+        if self._found.find(1, *rows) >= 0:
+            out, lse = merge((self.out[those], out), (self.lse[those], lse))
+        self.out[those], self.lse[those] = out, lse
+        self._found[those] = b"\1" * rows.size
 
 
 class _Backward(torch.autograd.Function):

@@ -118,20 +118,27 @@ class Operators:
 
     @classmethod
     def from_content(cls, content: Mapping[str, Any]) -> Operators:
-        """Of what `dataclasses.asdict` and JSON make of it."""
-        return cls(
-            tuple(Product(columns, inner, curve_of(**curve)) for columns, inner, curve in content["products"]),
-            curve_of(**content["prompts"]),
-            curve_of(**content["behind"]),
-            content["decode_s"],
-            content["key_s"],
-            tuple(
-                Around(Layout(*layout), tuple(curve_of(**slot) for slot in slots), curve_of(**ends))
-                for layout, slots, ends in content["around"]
-            ),
-            content["width"],
-            content["itemsize"],
-        )
+        """Of what `dataclasses.asdict` and JSON make of it.
+
+        Raises:
+            ValueError: another content.
+        """
+        try:
+            return cls(
+                tuple(Product(columns, inner, curve_of(**curve)) for columns, inner, curve in content["products"]),
+                curve_of(**content["prompts"]),
+                curve_of(**content["behind"]),
+                content["decode_s"],
+                content["key_s"],
+                tuple(
+                    Around(Layout(*layout), tuple(curve_of(**slot) for slot in slots), curve_of(**ends))
+                    for layout, slots, ends in content["around"]
+                ),
+                content["width"],
+                content["itemsize"],
+            )
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"`content` must be what `dataclasses.asdict` makes of operators, got {error!r}") from None
 
 
 def _distance(one: int | float, other: int | float) -> float:

@@ -78,8 +78,16 @@ class StepCosts:
         return Range(first, min(curve.tokens[-1] for curve in self.curves.values()) + 1)
 
     def seconds(self, layout: Layout, num_tokens: int) -> float:
-        """A step of that many tokens under a layout."""
-        return self.curves[layout](num_tokens)
+        """A step of that many tokens under a layout.
+
+        Raises:
+            ValueError: a layout without costs.
+        """
+        curve = self.curves.get(layout)
+        if curve is None:
+            known = ", ".join(map(name_of, self.curves))
+            raise ValueError(f"`layout` must be one of those with costs ({known}), got {name_of(layout)}")
+        return curve(num_tokens)
 
     def fastest(self, num_tokens: int) -> Layout:
         """The layout of the least time; of equal ones that with the smallest tp."""
