@@ -450,7 +450,7 @@ def serving(rounds: int, quick: bool) -> Serving:
     loaded = seqpar.hf.load(batching.CHECKPOINT, mesh, dtype=torch.float32, progress=False)
     stepper = seqpar.hf.Stepper(loaded, num_pages=2 * batching.LIVE + 1, page_size=batching.PAGE)
     arrivals = batching.trace(model, stepper.vocab_size, batching.LIVE)
-    unit_s, group = batching.lone_step_s(stepper), comm.groups(mesh).flat
+    unit_s, group = batching.lone_prompt_s(stepper, model.long), comm.groups(mesh).flat
     margins = batching.Margins(stepper)
     options = (stepper.kv, stepper.vocab_size, arrivals, unit_s)
     alone = batching.through(margins, *options, FullHybrid(), 1, group)

@@ -159,7 +159,8 @@ class Runner:
         rows = [step.new * (number + 1) - 1 for number in range(step.requests)]
 
         def run() -> Tensor:
-            hidden = comm.run(self.backbone.ragged_steps(tokens, batch, self.kv, rows, has_tail=False))
+            layout = self.backbone.layout_of(batch)
+            hidden = comm.run(self.backbone.ragged_steps(tokens, batch, self.kv, rows, has_tail=False, layout=layout))
             logits: Tensor = self.model.lm_head(hidden)
             return logits
 

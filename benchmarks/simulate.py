@@ -141,8 +141,7 @@ def serve(ranks: int, seeds: Sequence[int], requests: int, rate: float) -> list[
         timed = Timed(loop)
         with batching.Journal(None) as journal, loop:
             records, _ = engine.serve(timed, arrivals, [], journal)
-        pairs = zip(arrivals, records, strict=True)
-        trace = [plan.Arrival(at_s, len(request.prompt), len(each.times)) for (at_s, request), each in pairs]
+        trace = [plan.Arrival(each.at_s, len(each.request.prompt), len(each.times)) for each in records]
         found.append(Session(trace, [each.times for each in records], working.works, timed.seconds))
         progress(at + 1, len(seeds), f"sessions on {ranks} rank(s)")
     return None if group.rank() else found
