@@ -240,14 +240,16 @@ def compare(ranks: int, learned: Sequence[Session], judged: Sequence[Session], s
 
 
 def validate(quick: bool) -> list[Compared]:
-    """On one rank and on two."""
-    requests, rate, repeats = (60, 25.0, 1) if quick else (300, 25.0, 5)
-    learn = (101,) if quick else (101, 102, 103)
+    """On one rank and on two, with sessions to learn from and to judge by turns: the machine is not always as fast."""
+    turns = (101, 0) if quick else (0, 101, 0, 102, 0, 103, 0)
     found = []
-    for ranks in (1, 2):
-        warm, *sessions = launch(ranks, serve, ranks, [100, *learn, *[0] * repeats], requests, rate)
+    for ranks, requests, rate in ((1, 300, 25.0), (2, 200, 10.0)):
+        warm, *sessions = launch(ranks, serve, ranks, [100, *turns], 60 if quick else requests, rate)
         assert warm.trace
-        learned, judged = sessions[: len(learn)], sessions[len(learn) :]
+        learned, judged = (
+            [each for each, seed in zip(sessions, turns, strict=True) if (seed > 0) == learns]
+            for learns in (True, False)
+        )
         found += compare(ranks, learned, judged, 9)
     return found
 

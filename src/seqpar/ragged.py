@@ -138,7 +138,8 @@ class RaggedBatch:
         request, index = _tokens(q_lens, kv_lens)
         slots = index[:0]
         if page_size:
-            slots = table[request, index // page_size].long() * page_size + index % page_size
+            page = index // page_size
+            slots = table[request, page].long().sub_(page).mul_(page_size).add_(index)
         where = index if positions is None else positions.clone() if positions.is_inference() else positions
         tensors = where.to(device), slots.to(device), table.to(device)
         batch = cls(q_lens, kv_lens, *tensors, page_size, version, tuple(requests))
