@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 from torch import nn
 
@@ -35,6 +35,7 @@ from seqpar.layers import (
     QShipDecodeAttention,
     RingAttention,
 )
+from seqpar.layers.csa.core import Exchange
 from seqpar.partition import HeadMap, Placement, Striping, ThreePhase
 from seqpar.plan import RingCase
 
@@ -58,12 +59,12 @@ class CSA:
     """
 
     policy: Policy
-    exchange: Literal["ring", "ulysses"] = "ring"
+    exchange: Exchange = "ring"
 
     def __post_init__(self) -> None:
         if not isinstance(self.policy, Policy):
             raise TypeError(f"`policy` must be a Policy such as layers.TopMass, got {self.policy!r}")
-        if self.exchange not in ("ring", "ulysses"):
+        if self.exchange not in get_args(Exchange):
             raise ValueError(f'`exchange` must be "ring" or "ulysses", got {self.exchange!r}')
 
 
@@ -274,7 +275,7 @@ def _sparse(
     heads: HeadMap,
     groups: Groups,
     policy: Policy,
-    exchange: Literal["ring", "ulysses"],
+    exchange: Exchange,
 ) -> PlacedCore:
     core = attention.core
     sparse = CSAAttention(

@@ -19,9 +19,8 @@ and its sinks and near keys, where N divides g (others read a KV head in several
 
 from __future__ import annotations
 
-from typing import Literal
-
 from seqpar.layers import Strided
+from seqpar.layers.csa.core import Exchange
 from seqpar.partition import HeadMap, Range, RingOrder
 from seqpar.plan.ring import check_order
 
@@ -36,7 +35,7 @@ def strided_volumes(
     num_kv_heads: int,
     head_dim: int,
     itemsize: int = 2,
-    exchange: Literal["ring", "ulysses"] = "ring",
+    exchange: Exchange = "ring",
 ) -> tuple[int, ...]:
     """Bytes that each rank sends in one `layers.CSAAttention` with that policy.
 
